@@ -1,0 +1,141 @@
+"""Checkpoints of a run: state, data position and identity, saved asynchronously; the only importer of orbax.
+
+A step is written to a temporary folder and renamed when complete, so a kill at any moment leaves the previous checkpoint.
+Kept are the newest `keep` and the `keep_best` with the lowest held-out KL among the evaluated ones.
+"""
+
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from kdjax.config import Checkpoint
+
+if TYPE_CHECKING:
+    from orbax.checkpoint import v1 as ocp
+
+BEST = "kl"  # the metric that `keep_best` goes by; lower is better
+
+
+class Checkpoints:
+    """The checkpoints of one work directory; a context manager that waits for pending writes when it closes."""
+
+    def __init__(self, workdir: Path, config: Checkpoint) -> None:
+        from orbax.checkpoint import v1 as ocp
+
+        policies = ocp.training.preservation_policies
+        kept: list[Any] = [policies.LatestN(config.keep)]
+        if config.keep_best:
+            best = policies.BestN(
+                lambda metrics: metrics[BEST], n=config.keep_best, keep_checkpoints_without_metrics=False
+            )
+            kept.append(best)
+        self.directory = workdir / "checkpoints"
+        self._orbax: ocp.training.Checkpointer = ocp.training.Checkpointer(
+            self.directory.absolute(),
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            cleanup_tmp_directories=True,
+        )
+        self._pending: Any = None
+
+    @property
+    def latest(self) -> int | None:
+        """The newest complete step, or None."""
+        newest = self._orbax.latest
+        return None if newest is None else newest.step
+
+    @property
+    def best(self) -> int | None:
+        """The step with the lowest held-out KL among those that are still there, or None if none was evaluated."""
+        rated = [c for c in self._orbax.checkpoints if c.metrics]
+        return min(rated, key=lambda c: c.metrics[BEST]).step if rated else None
+
+    def save(self, step: int, state: Any, data: Any, identity: str, kl: float | None = None) -> None:
+        """Start writing `state`, the position of the iterator `data` and the config fingerprint `identity`.
+
+        Returns as soon as the arrays are copied. Raises OSError that names the step and the last good checkpoint if the
+        disk cannot hold it or an earlier write failed.
+        """
+        self.wait()
+        if step in [c.step for c in self._orbax.checkpoints]:
+            return
+        self._require_space(step, state)
+        parts = {"state": state, "data": data, "meta": {"config": identity}}
+        try:
+            metrics = None if kl is None else {BEST: float(kl)}
+            self._pending = self._orbax.save_checkpointables_async(step, parts, force=True, metrics=metrics)
+        except OSError as error:
+            raise self._failed(step, error) from error
+
+    def wait(self) -> None:
+        """Until the pending write is complete. Raises OSError as `save` does."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            try:
+                pending.result()
+            except (OSError, ValueError, RuntimeError) as error:  # tensorstore reports a full disk as ValueError
+                raise self._failed(self._orbax.latest.step if self._orbax.latest else 0, error) from error
+
+    def restore(self, abstract_state: Any, data: Any, identity: str, step: int | None = None) -> tuple[Any, int]:
+        """(state, step): the newest checkpoint, or that of `step`, onto the shardings of `abstract_state`.
+
+        Moves the iterator `data` to where it was. Raises ValueError if there is none, or it is of another config.
+        """
+        self.wait()
+        step = self.latest if step is None else step
+        known = [c.step for c in self._orbax.checkpoints]
+        if step not in known:
+            raise ValueError(f"step must be one of the saved ones {known} in {self.directory}, got {step}.")
+        meta = self._orbax.load_checkpointables(step, {"meta": {"config": ""}})["meta"]
+        if meta["config"] != identity:
+            raise ValueError(
+                f"{self.directory} must hold checkpoints of this config ({identity}), got those of {meta['config']}. "
+                "Set another --workdir, or the config the run was started with (config.json beside it)."
+            )
+        wanted = {"state": abstract_state} | ({} if data is None else {"data": data})
+        loaded = self._orbax.load_checkpointables(step, wanted)
+        return loaded["state"], step
+
+    def close(self) -> None:
+        """Wait for pending writes and release the directory."""
+        self.wait()
+        self._orbax.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _require_space(self, step: int, state: Any) -> None:
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise self._failed(step, OSError(f"it needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free"))
+
+    def _failed(self, step: int, error: Exception) -> OSError:
+        good = "none is saved yet" if self.latest is None else f"the last good one is of step {self.latest}"
+        return OSError(
+            f"the checkpoint of step {step} could not be written to {self.directory}: {error}; {good}. Free disk space or "
+            "lower checkpoint.keep, then run the same command again to go on from there."
+        )
+
+
+def abstract_like(state: Any) -> Any:
+    """Shapes, dtypes and shardings of a live state: what `restore` needs."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+
+
+def config_difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:
+    """'data.seq_len is 128 there and 256 here' for every leaf that differs."""
+    found = []
+    for key in sorted(set(old) | set(new)):
+        left, right = old.get(key), new.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += config_difference(left, right, f"{path}{key}.")
+        elif left != right:
+            found.append(f"{path}{key} is {left!r} there and {right!r} here")
+    return found
+

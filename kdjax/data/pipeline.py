@@ -1,0 +1,97 @@
+"""Rows to batches: an endless shuffled grain iterator for training, a plain one for evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdjax.data.packing import Rows
+from kdjax.sharding import Rules
+from kdjax.types import Batch
+
+if TYPE_CHECKING:
+    import grain
+
+Columns = dict[str, np.ndarray]  # the fields of `types.Batch`, by name
+
+NO_ROW = -1  # row_id of a row that only fills the last batch
+
+
+def train_iterator(
+    rows: Rows, batch_size: int, seed: int, *, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator[Columns]:
+    """Batches without end; every epoch holds each row once, in a new order that depends on `seed` alone.
+
+    The epochs follow one another without a gap, so a batch may hold rows of two of them. Of each global batch of
+    `batch_size` rows process p gets the p-th of `process_count` equal parts: together they are the batch of one.
+    `get_state` / `set_state` are exact and do not depend on the number of processes.
+    """
+    import grain
+
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    if not 0 <= process_index < process_count or batch_size % process_count:
+        raise ValueError(
+            f"train.batch_size must be a multiple of the number of processes, got {batch_size} rows for process "
+            f"{process_index} of {process_count}; every process feeds the same number of rows. Change train.batch_size."
+        )
+    if not len(rows):
+        raise ValueError("rows must not be empty; there is nothing to iterate over.")
+    part = batch_size // process_count
+    # grain shuffles epoch e with seed + e. A hash keeps the second epoch of seed 0 apart from the first of seed 1.
+    digest = hashlib.blake2b(f"shuffle {seed}".encode(), digest_size=4).digest()
+    order = grain.MapDataset.range(len(rows)).shuffle(seed=int.from_bytes(digest, "little")).repeat(None)
+
+    def batch(step: int) -> Columns:
+        first = step * batch_size + process_index * part
+        index = np.array([order[at] for at in range(first, first + part)])
+        return _columns(rows, index, np.arange(first, first + part) // len(rows))
+
+    steps = grain.MapDataset.range(sys.maxsize // batch_size).map(batch)
+    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+
+def heldout_batches(rows: Rows, batch_size: int, limit: int = 0) -> Iterator[Columns]:
+    """The first `limit` rows (0 = all) in order, in batches of exactly `batch_size`.
+
+    The last batch is filled with empty rows: segment 0, nothing in `loss_mask`, weight 0, row_id -1.
+    """
+    if batch_size < 1 or limit < 0:
+        raise ValueError(f"batch_size must be at least 1 and limit at least 0, got {batch_size} and {limit}.")
+    count = min(limit or len(rows), len(rows))
+    return (_padded(rows, start, min(start + batch_size, count), batch_size) for start in range(0, count, batch_size))
+
+
+def to_batch(columns: Mapping[str, np.ndarray], rules: Rules = Rules()) -> Batch:
+    """The batch on the devices; under a mesh `columns` are this process's rows of the global batch, split by rows."""
+    if rules.mesh is None:
+        return Batch(**{name: jnp.asarray(column) for name, column in columns.items()})
+    return Batch(
+        **{name: jax.make_array_from_process_local_data(rules.batch(c.ndim), c) for name, c in columns.items()},
+    )
+
+
+def _columns(rows: Rows, index: np.ndarray, epoch: np.ndarray) -> Columns:
+    return {
+        "tokens": rows.tokens[index],
+        "segment_ids": rows.segment_ids[index],
+        "positions": rows.positions[index],
+        "loss_mask": rows.loss_mask[index],
+        "row_id": rows.row_id[index],
+        "epoch": epoch.astype(np.int32),
+        "weight": rows.weight[index],
+    }
+
+
+def _padded(rows: Rows, start: int, stop: int, batch_size: int) -> Columns:
+    columns = _columns(rows, np.arange(start, stop), np.zeros(stop - start))
+    empty = batch_size - (stop - start)
+    filled = {name: np.pad(c, [(0, empty)] + [(0, 0)] * (c.ndim - 1)) for name, c in columns.items()}
+    filled["row_id"][stop - start :] = NO_ROW
+    return filled

@@ -1,0 +1,40 @@
+"""linear_stats: what one pass over the vocabulary says about hidden @ head, without ever keeping [N, V].
+
+Needed by every signal and by evaluation. Under stop-gradient: selection and metrics are not trained through.
+"""
+
+from jaxtyping import Array, Float, Int
+
+from kdjax.kernels import _dispatch
+from kdjax.kernels.linear_stats import reference, xla
+from kdjax.kernels.linear_stats.api import LinearStats, PairStats
+from kdjax.types import Head
+
+__all__ = ["IMPLEMENTATIONS", "LinearStats", "PairStats", "linear_pair_stats", "linear_stats"]
+
+IMPLEMENTATIONS = {"reference": reference.linear_stats, "xla": xla.linear_stats}
+PAIR_IMPLEMENTATIONS = {"reference": reference.linear_pair_stats, "xla": xla.linear_pair_stats}
+
+
+def linear_stats(
+    hidden: Float[Array, "N D"], head: Head, labels: Int[Array, "N"], *, implementation: str | None = None
+) -> LinearStats:
+    """Statistics of softmax(hidden @ head) per row, float32, nats, at temperature 1; no gradient."""
+    return _dispatch.choose(IMPLEMENTATIONS, implementation, "xla", "linear_stats")(hidden, head, labels)
+
+
+def linear_pair_stats(
+    hidden: Float[Array, "N D"],
+    head: Head,
+    teacher_hidden: Float[Array, "N E"],
+    teacher_head: Head,
+    labels: Int[Array, "N"],
+    *,
+    implementation: str | None = None,
+) -> PairStats:
+    """`linear_stats` of student and teacher and the two KL divergences between them, in one pass; no gradient.
+
+    Both heads must have the same `vocab_size`; their weights may have different numbers of padding columns.
+    """
+    chosen = _dispatch.choose(PAIR_IMPLEMENTATIONS, implementation, "xla", "linear_pair_stats")
+    return chosen(hidden, head, teacher_hidden, teacher_head, labels)

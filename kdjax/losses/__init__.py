@@ -1,0 +1,26 @@
+"""Losses: one pointwise divergence per entry; `objective.py` mixes, weighs and reduces them.
+
+To add one: a file with a factory `Loss config -> Term`, and a line here. The contract tests then check it against a float64
+oracle, at student == teacher, at extreme logits, under permutation of the slots, and on 8 devices.
+"""
+
+from collections.abc import Callable
+
+from kdjax.config import Loss
+from kdjax.kernels.linear_divergence import Term
+from kdjax.losses.cross_entropy import cross_entropy
+from kdjax.losses.forward_kl import forward_kl
+from kdjax.losses.jsd import jsd
+from kdjax.losses.reverse_kl import reverse_kl
+from kdjax.losses.skew_kl import skew_kl, skew_reverse_kl
+from kdjax.losses.tvd import tvd
+
+LOSSES: dict[str, Callable[[Loss], Term]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jsd": jsd,
+    "skew_kl": skew_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "tvd": tvd,
+    "cross_entropy": cross_entropy,
+}

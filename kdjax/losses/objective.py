@@ -1,0 +1,65 @@
+"""From a config to the training objective: a weighted, scheduled mixture of terms, summed over the slots."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kdjax.kernels.linear_divergence import Term, linear_divergence
+from kdjax.schedules import Schedule
+from kdjax.types import DenseTargets, Head, LossOutput, Selection
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """terms: name -> term; weights: name -> schedule; tau: schedule; reduction: 'token' or 'sample'."""
+
+    terms: Mapping[str, Term]
+    weights: Mapping[str, Schedule]
+    tau: Schedule
+    reduction: str
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any term compares with the teacher."""
+        return any(term.teacher for term in self.terms.values())
+
+    def __call__(
+        self,
+        hidden: Float[Array, "B S D"],
+        head: Head,
+        targets: DenseTargets | None,
+        labels: Int[Array, "B S"],
+        selection: Selection,
+        row_weight: Float[Array, "B"],
+        step: Any,
+    ) -> LossOutput:
+        """The sum over the slots and the count it is to be divided by.
+
+        token: sum_slots w_row w_slot loss, count = sum_slots w_slot. sample: the slot weights of a row are first divided
+        by their sum, count = rows with a slot (SE-KD eq. 3-5). Metrics: each term's mean value at the slots.
+        """
+        slots = selection.weight
+        if self.reduction == "sample":
+            per_row = jnp.sum(slots, 1, keepdims=True)
+            slots = jnp.where(per_row > 0, slots / jnp.maximum(per_row, 1e-30), 0.0)
+        count = jnp.sum(slots)
+        weight = (slots * row_weight[:, None]).reshape(-1)
+        rows = hidden.shape[0] * hidden.shape[1]
+        total, values = linear_divergence(
+            hidden.reshape(rows, -1),
+            head,
+            None if targets is None else targets.hidden.reshape(rows, -1),
+            None if targets is None else targets.head,
+            labels.reshape(rows),
+            weight,
+            list(self.terms.values()),
+            [self.weights[name](step) for name in self.terms],
+            self.tau(step),
+        )
+        filled = selection.weight.reshape(-1) > 0
+        n = jnp.sum(filled, dtype=jnp.float32)
+        metrics = {name: (jnp.sum(jnp.where(filled, value, 0.0)), n) for name, value in zip(self.terms, values, strict=True)}
+        return LossOutput(total, count, metrics)

@@ -1,0 +1,11 @@
+"""Total variation distance: 1/2 sum_v |p - q| (f-distill, Wen et al. 2023)."""
+
+import jax.numpy as jnp
+
+from kdjax.config import Loss
+from kdjax.kernels.linear_divergence import Term
+
+
+def tvd(config: Loss) -> Term:
+    """In [0, 1]; the gradient at p = q is taken as 0."""
+    return Term(lambda logp, logq, is_label: 0.5 * jnp.abs(jnp.exp(logp) - jnp.exp(logq)))

@@ -1,0 +1,127 @@
+"""One declaration per parameter: shape, logical axes and initial draw; abstract trees, init and name maps derive from it.
+
+The tree of a decoder (N query heads, G key/value heads, H head size, D width, F mlp, V vocabulary, L layers):
+  embed [V, D], final_norm [D], head [D, V] if untied,
+  layers: attn_norm [L, D], wq [L, D, N, H], wk, wv [L, D, G, H], wo [L, N, H, D], mlp_norm [L, D],
+          w_gate, w_up [L, D, F], w_down [L, F, D] and what the family adds (bq, bk, bv; q_norm, k_norm).
+Leaves of `layers` are stacked over L for `lax.scan`.
+"""
+
+import dataclasses
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdjax.sharding import Rules
+from kdjax.types import Array, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE frequencies are stretched beyond the pretraining context.
+
+    kind "linear": every frequency over `factor`. kind "llama3": wavelengths above original_positions / low_frequency_factor
+    over `factor`, those below original_positions / high_frequency_factor untouched, a linear blend between.
+    """
+
+    kind: str
+    factor: float
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_positions: int = 0  # tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder-only language model. Hashable, so it can be a static argument of `jit`."""
+
+    family: str  # a key of models.FAMILIES
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int  # need not be width / heads
+    mlp: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    tied: bool = False  # the head is the transposed embedding
+    max_positions: int = 2048  # tokens; what the model was trained for
+    attention_bias: bool = False  # q, k and v have a bias (Qwen2)
+    initializer_range: float = 0.02  # standard deviation of matrices at random init
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+
+
+class Normal(NamedTuple):
+    """mean + std * standard normal; std 0 is a constant."""
+
+    mean: float
+    std: float
+
+
+ONES = Normal(1.0, 0.0)
+ZEROS = Normal(0.0, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """One parameter: its shape, the logical name of each axis (see sharding.py) and its distribution at init."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: Normal
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorKey:
+    """Where a named checkpoint tensor lives in the tree: `path`, at `layer` of the stacked leaf (None: not stacked).
+
+    The file holds `file_shape`; the tree holds `shape` (of this layer). From the file: transpose if `transpose` (linear
+    maps are stored [out, in]), then reshape. See `from_file` and `to_file`.
+    """
+
+    path: tuple[str, ...]
+    layer: int | None
+    shape: tuple[int, ...]
+    file_shape: tuple[int, ...]
+    transpose: bool
+
+
+def from_file(key: TensorKey, tensor: np.ndarray) -> np.ndarray:
+    """A checkpoint tensor in the form of the tree. No copy is made where a view does; raises ValueError on a wrong shape."""
+    if tuple(tensor.shape) != key.file_shape:
+        raise ValueError(f"tensor of {'.'.join(key.path)} must be {key.file_shape}, got {tuple(tensor.shape)}.")
+    return (tensor.T if key.transpose else tensor).reshape(key.shape)
+
+
+def to_file(key: TensorKey, tensor: np.ndarray) -> np.ndarray:
+    """The inverse of `from_file`: one layer's tensor of the tree as the checkpoint holds it, contiguous."""
+    if tuple(tensor.shape) != key.shape:
+        raise ValueError(f"tensor of {'.'.join(key.path)} must be {key.shape}, got {tuple(tensor.shape)}.")
+    flat = tensor.reshape(key.file_shape[::-1] if key.transpose else key.file_shape)
+    return np.ascontiguousarray(flat.T if key.transpose else flat)
+
+
+def abstract(specs: Any, rules: Rules = Rules(), dtype: Any = jnp.float32) -> Any:
+    """A tree of ShapeDtypeStruct like `specs`, with storage shardings when there is a mesh."""
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=rules.storage(s.axes, s.shape)), specs)
+
+
+def init(specs: Any, key: Array, rules: Rules = Rules()) -> Params:
+    """Random float32 parameters, stored as `rules` says. A leaf's draw depends on its path and shape only, not on the mesh."""
+
+    def draw(path: Any, spec: ParamSpec) -> Array:
+        sharding = rules.storage(spec.axes, spec.shape)
+        if not spec.init.std:
+            return jnp.full(spec.shape, spec.init.mean, jnp.float32, device=sharding)
+        leaf_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+        sample = jax.random.normal(leaf_key, spec.shape, jnp.float32, out_sharding=sharding)
+        return spec.init.mean + spec.init.std * sample
+
+    return jax.tree_util.tree_map_with_path(draw, specs)

@@ -1,0 +1,74 @@
+"""Scalar schedules of the update number: learning rate, temperature, loss weights.
+
+A schedule is written in a config as plain data: a number (constant) or a tuple `(name, *arguments)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from kdjax import registry
+from kdjax.types import Array
+
+Schedule = Callable[[Any], Array]  # update number -> float32 scalar
+
+
+def _positive(steps: float, name: str) -> float:
+    if steps <= 0:
+        raise TypeError(f"{name} must be positive")
+    return steps
+
+
+def _linear(start: float, end: float, steps: float) -> Schedule:
+    return optax.linear_schedule(start, end, _positive(steps, "steps"))
+
+
+def _cosine(start: float, end: float, steps: float) -> Schedule:
+    _positive(steps, "steps")
+    return lambda step: end + (start - end) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(step / steps, 0.0, 1.0)))
+
+
+def _hold_linear(start: float, end: float, hold: float, steps: float) -> Schedule:
+    """`start` for `hold` updates, then linear, `end` from update `steps` on (SE-KD's temperature annealing)."""
+    return optax.linear_schedule(start, end, _positive(steps - hold, "steps - hold"), transition_begin=hold)
+
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "constant": optax.constant_schedule,
+    "linear": _linear,  # (start, end, steps)
+    "cosine": _cosine,  # (start, end, steps)
+    "hold_linear": _hold_linear,  # (start, end, hold, steps)
+}
+
+
+def make_schedule(spec: float | tuple, where: str) -> Schedule:
+    """A schedule from a number or `(name, *arguments)`; `where` is its config path, for the error."""
+    if isinstance(spec, (int, float)):
+        return optax.constant_schedule(float(spec))
+    name, *arguments = spec or (None,)
+    try:
+        if not isinstance(name, str):
+            raise TypeError("the name is missing")
+        if not all(isinstance(argument, (int, float)) for argument in arguments):
+            raise TypeError("the arguments are numbers")
+        return registry.lookup(SCHEDULES, name, where)(*arguments)
+    except TypeError as error:
+        raise ValueError(f"{where} must be a number or (name, *arguments), got {spec!r}; {error}.") from error
+
+
+def learning_rate(kind: str, peak: float, warmup: int, steps: int, final_fraction: float) -> Schedule:
+    """Linear warm-up from 0 over `warmup` updates, then `kind` down to `final_fraction * peak` at update `steps`."""
+    after = max(1, steps - warmup)
+    bodies: dict[str, Schedule] = {
+        "constant": optax.constant_schedule(peak),
+        "linear": _linear(peak, final_fraction * peak, after),
+        "cosine": _cosine(peak, final_fraction * peak, after),
+    }
+    body = registry.lookup(bodies, kind, "optim.schedule")
+    if warmup == 0:
+        return body
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), body], [warmup])

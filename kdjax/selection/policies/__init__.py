@@ -1,0 +1,19 @@
+"""Policies: how a budget of positions is spent on scores.
+
+To add one: a file with a factory `Selection config -> Policy`, and a line in POLICIES.
+"""
+
+from collections.abc import Callable
+
+from kdjax.config import Selection as SelectionConfig
+from kdjax.selection.policies.all_positions import all_positions
+from kdjax.selection.policies.base import Policy
+from kdjax.selection.policies.top_fraction import random_fraction, top_fraction
+
+__all__ = ["POLICIES", "Policy"]
+
+POLICIES: dict[str, Callable[[SelectionConfig], Policy]] = {
+    "all": all_positions,
+    "top_fraction": top_fraction,
+    "random_fraction": random_fraction,
+}

@@ -1,0 +1,40 @@
+"""Statistics of both sides at all positions: one pass over each vocabulary, without gradient, only what is asked for."""
+
+from collections.abc import Iterable
+
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from kdjax.kernels.linear_stats import linear_stats
+from kdjax.types import Head, TokenStats
+
+Side = tuple[Float[Array, "B T D"], Head]
+
+# TokenStats field -> (side, what linear_stats calls it, sign)
+FIELDS = {
+    "student_entropy": ("student", "entropy", 1.0),
+    "student_ce": ("student", "label_logp", -1.0),
+    "teacher_entropy": ("teacher", "entropy", 1.0),
+    "teacher_ce": ("teacher", "label_logp", -1.0),
+}
+
+
+def token_stats(
+    needs: Iterable[str], student: Side | None, teacher: Side | None, labels: Int[Array, "B T"]
+) -> TokenStats:
+    """The fields `needs` of TokenStats, [B, T] each. A side that no field needs may be None and is not evaluated."""
+    needs = tuple(needs)
+    sides = {"student": student, "teacher": teacher}
+    made = {}
+    for name, side in sides.items():
+        wanted = [field for field in needs if FIELDS[field][0] == name]
+        if not wanted:
+            continue
+        if side is None:
+            raise ValueError(f"selection.signal must not need {wanted[0]!r}, got one that does; there is no {name} here.")
+        hidden, head = side
+        stats = linear_stats(hidden.reshape(-1, hidden.shape[-1]), head, labels.reshape(-1))
+        for field in wanted:
+            _, source, sign = FIELDS[field]
+            made[field] = lax.stop_gradient(sign * getattr(stats, source).reshape(labels.shape))
+    return TokenStats(**made)

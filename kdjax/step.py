@@ -1,0 +1,200 @@
+"""The train step: a pure function (state, teacher_params, batch) -> (state, report).
+
+student hidden -> statistics in one vocabulary pass without gradient -> signal -> policy -> gather slots -> targets at the
+slots -> loss at the slots -> optax. Sums and counts are added over micro-batches and devices and divided once, so
+accumulation, packing, uneven rows and data parallelism do not change the objective.
+
+Trunks run on batch-sharded arrays. Everything behind them is local to a row and runs in one `shard_map` over the batch:
+selection and kernels see plain arrays, the head is gathered once, only sums leave.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from kdjax import metrics as metric
+from kdjax.losses.objective import Objective
+from kdjax.schedules import Schedule
+from kdjax.selection.policies import Policy
+from kdjax.selection.signals import Signal, position_noise
+from kdjax.selection.stats import token_stats
+from kdjax.sharding import DATA, Rules
+from kdjax.teacher import live_targets
+from kdjax.types import Array, Batch, Head, LossOutput, Metrics, Params, Selection, TrainState, gather_slots, targets_of
+
+POSITIONS = 1  # purpose of the noise: which positions are drawn
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A model cut in two, as the step uses it.
+
+    hidden(params, batch) -> [B, T, D] after the final norm. head(params) -> Head with its weight as it is stored;
+    head_spec: how that weight is stored on the mesh.
+    """
+
+    hidden: Callable[[Params, Batch], Array]
+    head: Callable[[Params], Head]
+    head_spec: P = P()
+
+
+@dataclasses.dataclass(frozen=True)
+class StepParts:
+    """All that `make_train_step` composes; built in build.py."""
+
+    student: LanguageModel
+    teacher: LanguageModel | None
+    signal: Signal | None
+    policy: Policy
+    objective: Objective
+    optimiser: optax.GradientTransformation
+    learning_rate: Schedule
+    rules: Rules
+    accumulate: int = 1
+
+
+@flax.struct.dataclass
+class StepReport:
+    """metrics: name -> (sum, count). finite_rows: bool [A, B], False where a row's hidden states or loss are not finite."""
+
+    metrics: Metrics
+    finite_rows: Array
+
+
+def init_state(parts: StepParts, params: Params, seed: int) -> TrainState:
+    """The state before the first step; jit-able, shardings follow the parameters."""
+    key = jax.random.key(seed)
+    return TrainState(jnp.zeros((), jnp.int32), params, parts.optimiser.init(params), parts.policy.init(), key)
+
+
+def make_train_step(parts: StepParts) -> Callable[[TrainState, Params, Batch], tuple[TrainState, StepReport]]:
+    """The step, to be jitted with the state donated. Batch arrays have a leading axis of micro-batches: [A, B, ...].
+
+    A step whose loss or gradient is not finite leaves parameters, optimiser and policy as they were; the report says so
+    and the loop stops. A batch without any slot has loss 0 and gradient 0.
+    """
+    supervise = make_supervise(parts)
+
+    def micro(params: Params, teacher_params: Params, batch: Batch, state: TrainState, policy_state: Any):
+        def total(params: Params):
+            output, policy, finite = supervise(params, teacher_params, batch, policy_state, state.key, state.step)
+            return output.total, (output, policy, finite)
+
+        (_, aux), gradient = jax.value_and_grad(total, has_aux=True)(params)
+        return gradient, *aux
+
+    def train_step(state: TrainState, teacher_params: Params, batch: Batch) -> tuple[TrainState, StepReport]:
+        first = micro(state.params, teacher_params, jax.tree.map(lambda a: a[0], batch), state, state.policy_state)
+        gradient, output, policy_state, finite = first
+        finite_rows = finite[None]
+        if parts.accumulate > 1:
+
+            def add(carry, batch):
+                gradient, output, policy_state = carry
+                part, more, policy_state, finite = micro(state.params, teacher_params, batch, state, policy_state)
+                return (*jax.tree.map(jnp.add, (gradient, output), (part, more)), policy_state), finite
+
+            rest = jax.tree.map(lambda a: a[1:], batch)
+            (gradient, output, policy_state), finite = lax.scan(add, (gradient, output, policy_state), rest)
+            finite_rows = jnp.concatenate([finite_rows, finite])
+        return _update(parts, state, gradient, output, policy_state, finite_rows)
+
+    return train_step
+
+
+def _update(parts, state, gradient, output, policy_state, finite_rows):
+    """Divide once, update, and keep the old state if anything is not finite."""
+    scale = jnp.where(output.count > 0, 1.0 / jnp.maximum(output.count, 1e-30), 0.0)
+    gradient = jax.tree.map(lambda g: g * scale, gradient)
+    norm = optax.global_norm(gradient)
+    updates, opt_state = parts.optimiser.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    finite = jnp.isfinite(output.total) & jnp.isfinite(norm)
+    kept = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state, policy_state),
+        (state.params, state.opt_state, state.policy_state),
+    )
+    one = jnp.ones((), jnp.float32)
+    metrics = {
+        **output.metrics,
+        "loss": (output.total, output.count),
+        "grad_norm": (norm, one),
+        "learning_rate": (jnp.asarray(parts.learning_rate(state.step), jnp.float32), one),
+    }
+    return TrainState(state.step + 1, *kept, state.key), StepReport(metrics, finite_rows)
+
+
+def make_supervise(parts: StepParts) -> Callable[..., tuple[LossOutput, Any, Array]]:
+    """(params, teacher_params, batch [B, ...], policy_state, key, step) -> (LossOutput, policy state, finite rows [B])."""
+    rules, needs_teacher = parts.rules, _needs_teacher(parts)
+    if needs_teacher and parts.teacher is None:
+        raise ValueError("teacher.path must be set, got ''; the loss or the signal compares with a teacher. Name one.")
+
+    def supervise(params, teacher_params, batch, policy_state, key, step):
+        hidden, head = parts.student.hidden(params, batch), parts.student.head(params)
+        teacher = None
+        if needs_teacher:
+            teacher = lax.stop_gradient(
+                (parts.teacher.hidden(teacher_params, batch), parts.teacher.head(teacher_params))
+            )
+        local = _local(parts, (hidden, head), teacher, batch, policy_state, key, step)
+        return local
+
+    def _local(parts, student, teacher, batch, policy_state, key, step):
+        row = rules.batch_spec
+        spec = (row(3), parts.student.head_spec)
+        teacher_spec = None if teacher is None else (row(3), parts.teacher.head_spec)
+        batch_spec = jax.tree.map(lambda a: row(a.ndim), batch)
+        function = rules.rowwise(
+            lambda *arguments: _supervise_rows(parts, *arguments),
+            in_specs=(spec, teacher_spec, batch_spec, P(), P(), P()),
+            out_specs=(P(), P(), row(1)),
+        )
+        return function(student, teacher, batch, policy_state, key, step)
+
+    return supervise
+
+
+def _supervise_rows(parts, student, teacher, batch, policy_state, key, step):
+    """Behind the trunks, for the rows of one device; sums over all devices come out."""
+    rules = parts.rules
+    hidden, head = student[0], rules.gather_head(student[1], parts.student.head_spec)
+    if teacher is not None:
+        teacher = (teacher[0], rules.gather_head(teacher[1], parts.teacher.head_spec))
+    labels, eligible = targets_of(batch)
+    score, measured = _score(parts, (hidden, head), teacher, batch, labels, eligible, key)
+    selection, policy_state = parts.policy.select(score, eligible, policy_state)
+    targets = live_targets(*teacher, selection.index) if parts.objective.needs_teacher else None
+    slots = gather_slots(hidden, selection.index)
+    output = parts.objective(slots, head, targets, gather_slots(labels, selection.index), selection, batch.weight, step)
+    metrics = {**output.metrics, **measured, "selected_fraction": _selected_fraction(selection, eligible)}
+    output = rules.sum_over_batch(output.replace(metrics=metrics))
+    return output, policy_state, jnp.isfinite(jnp.sum(hidden.astype(jnp.float32), (1, 2)))
+
+
+def _score(parts, student, teacher, batch, labels, eligible, key):
+    """The signal's score per position (zeros if nothing reads it), and the statistics worth logging."""
+    if not parts.policy.uses_signal or parts.signal is None:
+        return jnp.zeros(labels.shape, jnp.float32), {}
+    stats = token_stats(parts.signal.needs, student, teacher, labels)
+    noise = position_noise(key, batch, POSITIONS) if parts.signal.noisy else jnp.zeros(labels.shape, jnp.float32)
+    score = lax.stop_gradient(parts.signal.score(stats, noise))
+    measured = {name: metric.mean(getattr(stats, name), eligible) for name in parts.signal.needs}
+    return score, measured
+
+
+def _selected_fraction(selection: Selection, eligible: Array) -> tuple[Array, Array]:
+    return jnp.sum(selection.weight > 0, dtype=jnp.float32), jnp.sum(eligible, dtype=jnp.float32)
+
+
+def _needs_teacher(parts: StepParts) -> bool:
+    reads = parts.signal.needs if parts.signal is not None and parts.policy.uses_signal else ()
+    return parts.objective.needs_teacher or any(name.startswith("teacher") for name in reads)

@@ -1,0 +1,307 @@
+"""The schema: what it takes, what it refuses and how it says so, and the command line on top of it."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import re
+import sys
+import types
+import typing
+
+import ml_collections
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from kdjax import config as schema
+from kdjax.config import Experiment, default_config, fingerprint, from_config_dict
+from kdjax.schedules import make_schedule
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+
+
+def made(**changes):
+    """The experiment with some fields set, named by path with __ for the dot."""
+    config = default_config()
+    for path, value in changes.items():
+        *groups, field = path.split("__")
+        target = config
+        for group in groups:
+            target = target[group]
+        target[field] = value
+    return from_config_dict(config)
+
+
+def leaves(node=Experiment, path=""):
+    for name, hint in typing.get_type_hints(node).items():
+        if dataclasses.is_dataclass(hint):
+            yield from leaves(hint, f"{path}{name}.")
+        else:
+            yield path + name, hint
+
+
+def field(experiment, path):
+    for part in path.split("."):
+        experiment = getattr(experiment, part)
+    return experiment
+
+
+# --- round trip
+
+
+def test_defaults_survive_the_round_trip():
+    assert from_config_dict(default_config()) == Experiment()
+
+
+def test_an_empty_config_is_the_default():
+    assert from_config_dict(ml_collections.ConfigDict()) == Experiment()
+
+
+def test_the_whole_experiment_is_frozen_and_hashable():
+    experiment = made(student__init__keep=[0, 1], loss__terms=[["jsd", 1]], loss__tau=["linear", 2, 1, 10])
+    assert isinstance(hash(experiment), int)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        experiment.train.steps = 3
+
+
+def test_lists_become_tuples_and_whole_numbers_floats():
+    experiment = made(student__init__keep=[0, 3, 5], loss__terms=[["jsd", 1], ["cross_entropy", ["linear", 0, 1, 9]]])
+    assert experiment.student.init.keep == (0, 3, 5)
+    assert all(type(layer) is int for layer in experiment.student.init.keep)
+    assert experiment.loss.terms == (("jsd", 1.0), ("cross_entropy", ("linear", 0.0, 1.0, 9.0)))
+    weight = made(optim__learning_rate=1).optim.learning_rate
+    assert (weight, type(weight)) == (1.0, float)
+
+
+def test_tau_takes_a_number_or_a_schedule():
+    assert made(loss__tau=2).loss.tau == 2.0
+    experiment = made(loss__tau=("hold_linear", 2.0, 1.0, 4, 8))
+    assert experiment.loss.tau == ("hold_linear", 2.0, 1.0, 4.0, 8.0)
+    assert float(make_schedule(experiment.loss.tau, "loss.tau")(6)) == 1.5
+
+
+def test_the_config_dict_is_locked_and_typed():
+    config = default_config()
+    with pytest.raises(AttributeError, match='Did you mean "steps"'):
+        config.train.stepz = 3
+    with pytest.raises(TypeError, match="steps"):
+        config.train.steps = 2.5
+
+
+# --- what is refused
+
+
+def test_unknown_fields_are_named_with_a_suggestion():
+    with pytest.raises(ValueError, match=r"^config has no field 'trian'\. Did you mean 'train'\? Known: "):
+        from_config_dict(ml_collections.ConfigDict({"trian": {"steps": 1}}))
+    with pytest.raises(ValueError, match=r"^config has no field 'student\.init\.kep'\. Did you mean 'keep'\?"):
+        from_config_dict(ml_collections.ConfigDict({"student": {"init": {"kep": (1,)}}}))
+
+
+def wrong_for(hint):
+    """A value of another type than the field's."""
+    if hint in (int, float, bool):
+        return "many"
+    return 7 if hint is str else {"a": 1} if isinstance(hint, types.UnionType) else 5
+
+
+@pytest.mark.parametrize(("path", "hint"), list(leaves()), ids=lambda item: item if isinstance(item, str) else "")
+def test_every_field_refuses_another_type(path, hint):
+    for value in (wrong_for(hint), None):
+        nested = value
+        for part in reversed(path.split(".")):
+            nested = {part: nested}
+        with pytest.raises(ValueError, match=f"^{re.escape(path)} must be .*, got ") as caught:
+            from_config_dict(ml_collections.ConfigDict(nested, type_safe=False))
+        assert type(value).__name__ in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("nested", "message"),
+    [
+        ({"train": 5}, "train must be a group of fields, got 5 (int)."),
+        ({"student": {"init": "cut"}}, "student.init must be a group of fields, got 'cut' (str)."),
+        ({"train": {"steps": True}}, "train.steps must be int, got True (bool)."),
+        ({"train": {"steps": 2.0}}, "train.steps must be int, got 2.0 (float)."),
+        ({"optim": {"clip": False}}, "optim.clip must be float, got False (bool)."),
+        ({"log": {"wandb": 1}}, "log.wandb must be bool, got 1 (int)."),
+        ({"loss": {"tau": "linear"}}, "loss.tau must be float or tuple, got 'linear' (str)."),
+        ({"student": {"init": {"keep": (0, "1")}}}, "student.init.keep[1] must be int, got '1' (str)."),
+        ({"optim": {"learning_rate": float("inf")}}, "optim.learning_rate must be finite, got inf."),
+        ({"selection": {"fraction": float("nan")}}, "selection.fraction must be finite, got nan."),
+    ],
+)
+def test_type_errors(nested, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        from_config_dict(ml_collections.ConfigDict(nested))
+
+
+DTYPE = "must be 'float32' or 'bfloat16'"
+COUNT = "must be at least 1"
+NOT_NEGATIVE = "must be at least 0"
+RULES = [
+    ("teacher.dtype", "float16", DTYPE, ["bfloat16"]),
+    ("student.compute_dtype", "f32", DTYPE, ["bfloat16"]),
+    ("student.remat", "some", "must be 'none' or 'full' or 'dots'", ["full", "dots"]),
+    ("student.init.kind", "pruned", "must be 'own' or 'cut' or 'random'", ["cut", "random"]),
+    ("student.init.layers", 0, COUNT, [1]),
+    ("student.init.keep", (2, 1), "must be layer numbers of the teacher, each once, ascending", [(0, 29)]),
+    ("student.init.keep", (1, 1), "must be layer numbers of the teacher, each once, ascending", [(1,)]),
+    ("student.init.keep", (-1, 1), "must be layer numbers of the teacher, each once, ascending", [()]),
+    ("data.seq_len", 1, "must be at least 2", [2]),
+    ("data.packing", "packed", "must be 'pack' or 'row'", ["row"]),
+    ("data.heldout_fraction", 0.0, "must be in (0, 1)", [0.5]),
+    ("data.heldout_fraction", 1.0, "must be in (0, 1)", [0.999]),
+    ("data.max_train_tokens", -1, NOT_NEGATIVE, [0]),
+    ("selection.fraction", 0.0, "must be in (0, 1]", [1e-6]),
+    ("selection.fraction", 20.0, "must be in (0, 1], got 20.0; it is a fraction, 0.2 means 20 %.", [1.0]),
+    ("loss.terms", (), "must be a non-empty tuple of (name, weight or schedule)", [(("jsd", 0.5),)]),
+    (
+        "loss.terms",
+        ("forward_kl", 1.0),
+        "one term is written ((name, weight),).",
+        [(("jsd", ("linear", 1.0, 0.0, 9)),)],
+    ),
+    ("loss.terms", (("forward_kl",),), "must be a non-empty tuple", [(("jsd", 1.0), ("tvd", 1.0))]),
+    ("loss.terms", (("forward_kl", "1"),), "must be a non-empty tuple", [(("jsd", 1),)]),
+    ("loss.tau", (), "must be a number or (name, *arguments)", [1.0]),
+    ("loss.tau", (2.0, 1.0), "must be a number or (name, *arguments)", [("constant", 1.0)]),
+    ("loss.beta", 0.0, "must be in (0, 1)", [0.1]),
+    ("loss.beta", 1.0, "must be in (0, 1)", [0.9]),
+    ("loss.skew", 1.0, "must be in [0, 1)", [0.0]),
+    ("loss.reduction", "mean", "must be 'token' or 'sample'", ["sample"]),
+    ("optim.learning_rate", 0.0, "must be positive", [1e-9]),
+    ("optim.warmup", -1, NOT_NEGATIVE, [0]),
+    ("optim.final_fraction", 1.5, "must be in [0, 1]", [0.0, 1.0]),
+    ("optim.b1", 1.0, "must be in [0, 1)", [0.0]),
+    ("optim.b2", -0.1, "must be in [0, 1)", [0.999]),
+    ("optim.eps", 0.0, "must be positive", [1e-12]),
+    ("optim.weight_decay", -0.1, NOT_NEGATIVE, [0.1]),
+    ("optim.clip", -1.0, NOT_NEGATIVE, [0.0]),
+    ("train.steps", 0, COUNT, [1]),
+    ("train.batch_size", 0, COUNT, [1]),
+    ("train.accumulate", 0, COUNT, [2]),
+    ("train.log_every", 0, COUNT, [1]),
+    ("eval.every", -1, NOT_NEGATIVE, [0]),
+    ("eval.rows", -1, NOT_NEGATIVE, [0]),
+    ("eval.batch_size", 0, COUNT, [1]),
+    ("eval.completions", -1, NOT_NEGATIVE, [0]),
+    ("eval.new_tokens", 0, COUNT, [1]),
+    ("checkpoint.every", 0, COUNT, [1]),
+    ("checkpoint.keep", 0, "must be at least 1, got 0; the newest checkpoint is what a run resumes from.", [1]),
+    ("checkpoint.keep_best", -1, NOT_NEGATIVE, [0]),
+    ("mesh.devices", -1, NOT_NEGATIVE, [0]),
+]
+
+
+@pytest.mark.parametrize(("path", "bad", "message", "good"), RULES)
+def test_every_rule(path, bad, message, good):
+    key = path.replace(".", "__")
+    with pytest.raises(ValueError, match=f"^{re.escape(path)} must be .*{re.escape(message.removeprefix('must be '))}"):
+        made(**{key: bad})
+    for value in good:
+        assert field(made(**{key: value}), path) == schema._freeze(value)
+
+
+def test_no_rule_goes_untested():
+    assert {path for path, *_ in RULES} == set(schema._RULES)
+
+
+def test_micro_batches_are_even():
+    assert made(train__batch_size=6, train__accumulate=3).train.accumulate == 3
+    with pytest.raises(ValueError, match="^train.batch_size must be a multiple of train.accumulate, got 6 and 4; "):
+        made(train__batch_size=6, train__accumulate=4)
+
+
+# --- fingerprint
+
+
+def test_the_fingerprint_is_stable():
+    assert re.fullmatch("[0-9a-f]{16}", fingerprint(Experiment()))
+    assert fingerprint(made(loss__terms=[["jsd", 1]])) == fingerprint(made(loss__terms=(("jsd", 1.0),)))
+    assert fingerprint(made(optim__clip=1)) == fingerprint(Experiment())
+
+
+def other(value):
+    """A different value of the same type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    return value + "x" if isinstance(value, str) else (*value, 7)
+
+
+@pytest.mark.parametrize("path", [path for path, _ in leaves()])
+def test_the_fingerprint_sees_what_shapes_the_run_and_nothing_else(path):
+    def replaced(node, parts):
+        first, *rest = parts
+        value = getattr(node, first)
+        return dataclasses.replace(node, **{first: replaced(value, rest) if rest else other(value)})
+
+    same = fingerprint(replaced(Experiment(), path.split("."))) == fingerprint(Experiment())
+    assert same == (path.split(".")[0] in ("name", "log", "eval", "checkpoint", "mesh"))
+
+
+# --- the command line
+
+
+def from_flags(monkeypatch, *arguments):
+    """What a launch script sees; config_flags itself reads sys.argv."""
+    monkeypatch.setattr(sys, "argv", ["launch", *arguments])
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_dict("config", default_config(), flag_values=values)
+    values(sys.argv)
+    return from_config_dict(holder.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "path", "value"),
+    [
+        ("train.steps=200", "train.steps", 200),
+        ("optim.learning_rate=1", "optim.learning_rate", 1.0),
+        ("optim.learning_rate=3e-4", "optim.learning_rate", 3e-4),
+        ("log.tensorboard=false", "log.tensorboard", False),
+        ("student.init.keep=(0,1,2)", "student.init.keep", (0, 1, 2)),
+        ("student.init.keep=0, 1, 2", "student.init.keep", (0, 1, 2)),
+        ("student.init.keep=5", "student.init.keep", (5,)),
+        ("student.init.keep=()", "student.init.keep", ()),
+        ("loss.terms=(('jsd',0.5),('cross_entropy',0.5))", "loss.terms", (("jsd", 0.5), ("cross_entropy", 0.5))),
+        ("loss.terms=(('jsd',('linear',0,1,10)),)", "loss.terms", (("jsd", ("linear", 0.0, 1.0, 10.0)),)),
+        ("loss.tau=2", "loss.tau", 2.0),
+        ("loss.tau=('linear',2,1,100)", "loss.tau", ("linear", 2.0, 1.0, 100.0)),
+    ],
+)
+def test_overrides(monkeypatch, argument, path, value):
+    got = field(from_flags(monkeypatch, f"--config.{argument}"), path)
+    assert got == value
+    assert type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "error", "message"),
+    [
+        ("train.stepz=3", AttributeError, 'Did you mean "steps"'),
+        ("train.steps=2.5", flags.IllegalFlagValueError, "invalid literal for int"),
+        ("selection.fraction=20", ValueError, "selection.fraction must be in (0, 1], got 20.0"),
+        ("loss.terms=jsd", ValueError, "one term is written ((name, weight),)"),
+        ("loss.tau=warm", ValueError, "loss.tau must be float or tuple, got 'warm' (str)."),
+        ("student.init.keep=(2,1)", ValueError, "student.init.keep must be layer numbers"),
+    ],
+)
+def test_bad_overrides(monkeypatch, argument, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        from_flags(monkeypatch, f"--config.{argument}")
+
+
+# --- configs/*.py
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_is_valid_and_locked(name):
+    spec = importlib.util.spec_from_file_location(f"configs_{name}", ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    assert config.is_locked
+    assert from_config_dict(config).name == name
