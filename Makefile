@@ -11,6 +11,7 @@ PY := $(VENV)/bin/python
 STAMPS := $(VENV)/stamps
 SOURCES := $(wildcard kdjax launch configs)
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+CHECK := import sys; sys.exit(sys.version_info < (3, 11) and "kdjax needs Python 3.11 or newer, %s is %d.%d. Remove $(VENV) if it is there, then: make PYTHON=python3.11 ..." % ((sys.executable,) + tuple(sys.version_info[:2])))
 CPU := JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
@@ -23,14 +24,14 @@ help:
 	@echo "make lint         ruff and mypy only"
 	@echo "make clean        remove $(VENV) and all caches; runs/ stays"
 
+# An environment that is there and has pip is kept. Debian's python3 may lack ensurepip: then its own pip goes inside.
 $(STAMPS)/venv:
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "kdjax needs Python 3.11 or newer, $(PYTHON) is %d.%d. Name another one: make PYTHON=python3.11 ..." % v[:2])'
-	@echo "== making $(VENV)"
-	@# Debian's python3 may lack ensurepip: then pip from outside puts pip inside.
-	@rm -rf $(VENV)
-	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 \
-	  || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install --quiet pip; } \
-	  || { echo "$(PYTHON) can make no virtual environment; install its venv module or pip." >&2; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || { \
+	  $(PYTHON) -c '$(CHECK)' && echo "== making $(VENV)" && rm -rf $(VENV) \
+	  && { $(PYTHON) -m venv $(VENV) >/dev/null 2>&1 \
+	    || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install --quiet pip; } \
+	    || { echo "$(PYTHON) makes no virtual environment with pip; install its venv module." >&2; exit 1; }; }; }
+	@$(PY) -c '$(CHECK)'
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/core: $(STAMPS)/venv requirements.txt
@@ -50,15 +51,18 @@ dev: $(STAMPS)/dev
 quickstart: install
 	@$(PY) -m $(QUICKSTART)
 
+lint: dev
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(MAKE) --no-print-directory mypy
+
 mypy: dev
 	@$(PY) -m mypy $(SOURCES)
 
-lint: mypy
-	@$(PY) -m ruff check .
-	@$(PY) -m ruff format --check .
-
 test: lint
-	@$(PY) -c 'import torch' 2>/dev/null || echo "== no torch in $(VENV): the parity tests against torch are skipped (on Python 3.11: $(PY) -m pip install torch==2.13.0)"
+	@$(PY) -c 'import torch' 2>/dev/null || { \
+	  echo "== no torch in $(VENV): the parity tests that compare with it are skipped."; \
+	  echo "   On Python 3.11: $(PY) -m pip install torch==2.13.0"; }
 	@$(CPU) $(PY) -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 clean:

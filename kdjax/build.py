@@ -120,7 +120,7 @@ def language_model(
         )
 
     def head(params):
-        return models.head(cfg, params, compute_dtype=compute_dtype).replace(vocab_size=vocab)
+        return dataclasses.replace(models.head(cfg, params, compute_dtype=compute_dtype), vocab_size=vocab)
 
     return LanguageModel(hidden, head, rules.storage_spec(spec.axes, spec.shape))
 

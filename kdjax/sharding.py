@@ -85,7 +85,7 @@ class Rules:
         """Inside `rowwise`: the whole head from the part that this device stores; its gradient is reduce-scattered back."""
         for axis, name in enumerate(spec):
             if name is not None:
-                head = head.replace(weight=jax.lax.all_gather(head.weight, name, axis=axis, tiled=True))
+                head = dataclasses.replace(head, weight=jax.lax.all_gather(head.weight, name, axis=axis, tiled=True))
         return head
 
     def sum_over_batch(self, tree: Any) -> Any:

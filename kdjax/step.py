@@ -176,7 +176,7 @@ def _supervise_rows(parts, student, teacher, batch, policy_state, key, step):
     slots = gather_slots(hidden, selection.index)
     output = parts.objective(slots, head, targets, gather_slots(labels, selection.index), selection, batch.weight, step)
     metrics = {**output.metrics, **measured, "selected_fraction": _selected_fraction(selection, eligible)}
-    output = rules.sum_over_batch(output.replace(metrics=metrics))
+    output = rules.sum_over_batch(dataclasses.replace(output, metrics=metrics))
     return output, policy_state, jnp.isfinite(jnp.sum(hidden.astype(jnp.float32), (1, 2)))
 
 

@@ -39,10 +39,10 @@ def passages(tree: Any) -> Iterator[str]:
 
 
 def build(package: Path) -> bytes:
-    """One JSON line {"id": "region/code", "text": passages joined by newlines} per country file, sorted by id."""
+    """One JSON line {"id": "region/code", "text": passages joined by blank lines} per country file, sorted by id."""
     lines = []
     for file in sorted(package.glob("*/*.json")):
-        text = "\n".join(passages(json.loads(file.read_bytes())))
+        text = "\n\n".join(passages(json.loads(file.read_bytes())))
         if file.parent.name != "meta" and text:
             lines.append(json.dumps({"id": f"{file.parent.name}/{file.stem}", "text": text}, ensure_ascii=False))
     if not lines:

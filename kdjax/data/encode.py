@@ -131,23 +131,26 @@ def render_chat(name: str, turns: Sequence[tuple[str, str]], tokenizer: Any, spe
                 f"before turn {at} is no prefix of the whole chat, so the answer cannot be found: the whole has "
                 f"{_after(whole, prompt)!r}, the prompt {_after(prompt, whole)!r} there. Or change the template."
             )
-        start = len(prompt)
         upto = whole if at + 1 == len(turns) else _render(name, messages[: at + 1], tokenizer)
-        limit = (
-            len(upto) if whole.startswith(upto) else None
-        )  # some templates render an answer otherwise if it is the last
-        found = whole.find(content.strip(), start, limit)
-        closing = special.search(
-            whole, start if found < 0 else found + len(content.strip()), len(whole) if limit is None else limit
-        )
-        if closing is None and limit is None:
+        # Some templates render an answer otherwise if it is the last one: then only a special token shows its end.
+        limit = len(upto) if whole.startswith(upto) else None
+        end = _answer_end(whole, len(prompt), limit, content.strip(), special)
+        if end is None:
             raise ValueError(
                 f"data.chat_template must be False for this tokenizer, got True; in {name} turn {at} has no end: the "
                 "template puts no special token after it and renders it otherwise when it is the last. Or change the "
                 "template."
             )
-        spans.append((start, closing.end() if closing else limit or 0))
+        spans.append((len(prompt), end))
     return Piece(whole, tuple(spans))
+
+
+def _answer_end(whole: str, start: int, limit: int | None, content: str, special: re.Pattern[str]) -> int | None:
+    """After the first special token behind `content`, which may itself hold some; else the limit."""
+    found = whole.find(content, start, limit)
+    behind = start if found < 0 else found + len(content)
+    closing = special.search(whole, behind, len(whole) if limit is None else limit)
+    return closing.end() if closing else limit
 
 
 def _after(text: str, other: str) -> str:

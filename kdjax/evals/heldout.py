@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kdjax.evals.bootstrap import RESAMPLES
@@ -48,7 +49,10 @@ def make_eval_step(student: LanguageModel, teacher: LanguageModel | None = None,
 
         batch_specs = jax.tree.map(lambda a: rules.batch_spec(a.ndim), batch)
         sums = rules.rowwise(local, in_specs=(specs, batch_specs), out_specs=rules.batch_spec(1))(sides, batch)
-        return sums if rules.mesh is None else {name: jax.sharding.reshard(a, P()) for name, a in sums.items()}
+        if rules.mesh is None:
+            return sums
+        whole = NamedSharding(rules.mesh, P())
+        return {name: jax.sharding.reshard(rows, whole) for name, rows in sums.items()}
 
     return jax.jit(eval_step)
 

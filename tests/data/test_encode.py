@@ -111,6 +111,17 @@ def test_answer_that_repeats_the_question_or_holds_many_byte_letters_is_found_wh
     assert made.loss_mask.sum() == len("é assistant é".encode()) + 1
 
 
+def test_special_tokens_inside_an_answer_do_not_end_it(tokenizer):
+    (made,) = encode([chat(("user", "q"), ("assistant", "a<|im_start|>b"), ("user", "c"))], tokenizer)
+    assert targets(made, tokenizer) == ["a<|im_start|>b<|im_end|>"]
+
+
+def test_end_of_turn_that_begins_like_another_special_token_is_found_whole(make_tokenizer):
+    template = "{% for m in messages %}{{ m['content'] }}<e>!\n{% endfor %}{% if add_generation_prompt %}{% endif %}"
+    made = make_tokenizer(special=("<e>", "<e>!"), eos_token="<e>!", chat_template=template)
+    assert targets(encode([chat(*CHAT[:2])], made)[0], made) == ["Yes<e>!"]
+
+
 def test_without_template_turns_are_lines_and_an_answer_ends_the_sequence(tokenizer):
     (one,) = encode([chat(("user", "hi?"), ("assistant", "Yes"))], tokenizer, chat_template=False)
     assert tokenizer.decode(one.tokens) == "hi?\nYes<|im_end|>"

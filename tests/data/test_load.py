@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from kdjax.config import Data
-from kdjax.data import SOURCES, ids_in, load_data, make_rows
+from kdjax.data import SOURCES, ids_in, load_data, make_rows, take
 from kdjax.data.encode import Encoded
-from kdjax.data.load import split
+from kdjax.data.load import _fingerprint, split
 from kdjax.data.packing import eligible
 
 COLUMNS = ("tokens", "segment_ids", "positions", "loss_mask", "row_id", "weight", "row_hash")
@@ -171,6 +171,13 @@ def test_fingerprint_sees_one_changed_letter(tmp_path, tokenizer):
 
     assert fingerprint("x") == fingerprint("x") != fingerprint("y")
     assert len(fingerprint("x")) == 64
+
+
+def test_fingerprint_sees_where_the_heldout_part_begins():
+    documents = [Encoded(f"d{i}", np.full(4, i, np.int32), np.ones(4, bool)) for i in range(3)]
+    rows = make_rows(documents, 4)
+    parts = [(take(rows, slice(0, at)), take(rows, slice(at, 3))) for at in (1, 2)]
+    assert _fingerprint(*parts[0]) != _fingerprint(*parts[1])
 
 
 @pytest.mark.parametrize("name", sorted(SOURCES))

@@ -76,7 +76,12 @@ def test_targets_are_those_of_the_contract_and_never_cross_documents(packing):
     columns = [jnp.asarray(getattr(made, name)) for name in ("tokens", "segment_ids", "positions", "loss_mask")]
     labels, mask = (np.asarray(x) for x in targets_of(Batch(*columns, row_id=zeros, epoch=zeros, weight=zeros)))
     np.testing.assert_array_equal(eligible(made), mask)
-    assert mask.sum() > 10
+    # The segments alone must be enough, whatever the mask says of first tokens and of padding.
+    columns[3] = jnp.ones_like(columns[3])
+    _, loose = targets_of(Batch(*columns, row_id=zeros, epoch=zeros, weight=zeros))
+    everything = dataclasses.replace(made, loss_mask=np.ones_like(made.loss_mask))
+    np.testing.assert_array_equal(eligible(everything), np.asarray(loose))
+    assert loose.sum() > mask.sum() > 10
     assert (labels[mask] // 1000 == made.tokens[mask] // 1000).all()  # the same document
     assert (labels[mask] == made.tokens[mask] + 1).all()  # and its very next token
     assert EOD not in labels[mask]

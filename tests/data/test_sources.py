@@ -39,9 +39,9 @@ def test_embedded_factbook_is_small_large_enough_and_clean():
     assert len(documents) >= 250
     assert sum(len(document.text) for document in documents) > 2_000_000
     assert all(re.fullmatch(r"[a-z-]+/[a-z]{2}", document.id) for document in documents)
-    text = "\n".join(document.text for document in documents)
+    text = "\n\n".join(document.text for document in documents)
     assert not re.search(r"</?[A-Za-z]|&#?\w+;|\ufffd|  |\t", text)
-    assert min(map(len, text.split("\n"))) >= 200
+    assert min(map(len, text.split("\n\n"))) >= 200
     assert "France today is one of the most modern countries in the world" in text
 
 
@@ -64,7 +64,7 @@ def test_build_factbook_walks_drops_tags_entities_short_broken_and_meta(tmp_path
     write(tmp_path / "in" / "meta" / "zz.json", json.dumps(page))
     rows = [json.loads(line) for line in build(tmp_path / "in").decode().splitlines()]
     squeezed = prose.strip()
-    assert rows == [{"id": "europe/xx", "text": f"Trade & aid {squeezed}\na < b {squeezed}\nnested {squeezed}"}]
+    assert rows == [{"id": "europe/xx", "text": f"Trade & aid {squeezed}\n\na < b {squeezed}\n\nnested {squeezed}"}]
     assert main([str(tmp_path / "in"), str(tmp_path / "out.xz")]) == 0
     assert "1 documents" in capsys.readouterr().out
     assert main([]) == 2

@@ -55,7 +55,9 @@ def test_student_alone():
 
 def test_nothing_to_measure_is_an_error():
     rows = {name: value * 0 for name, value in make_rows(np.random.default_rng(3), rows=2).items()}
-    with pytest.raises(ValueError, match=r"held-out rows must have at least one target, got 2 rows without any; .* Set data"):
+    with pytest.raises(
+        ValueError, match=r"held-out rows must have at least one target, got 2 rows without any; .* Set data"
+    ):
         summarise(rows)
 
 
@@ -117,7 +119,8 @@ def test_interval_covers_the_truth_at_its_level():
 def test_calibration_error_by_hand():
     bins = np.zeros((BINS, 3))
     bins[4], bins[10], bins[14] = (10, 3.0, 5), (20, 14.0, 11), (10, 9.8, 9.8)
-    assert calibration_error(bins) == pytest.approx((2 + 3 + 0) / 40)
+    twice = np.stack([bins, 3 * bins])
+    np.testing.assert_allclose(calibration_error(twice), (2 + 3 + 0) / 40)
 
 
 def test_calibration_error_of_a_calibrated_and_of_a_sure_model():

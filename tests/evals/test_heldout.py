@@ -5,12 +5,17 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from kdjax.evals import evaluate, make_eval_step
+from kdjax import config
+from kdjax.evals import evaluate, make_eval_step, make_page_step
 from kdjax.evals.evaluation import BINS, Estimate
+from kdjax.losses.objective import Objective
+from kdjax.schedules import make_schedule
+from kdjax.selection import POLICIES, SIGNALS
 from kdjax.sharding import Rules, make_rules
-from kdjax.step import LanguageModel
+from kdjax.step import LanguageModel, StepParts
 from kdjax.types import Batch, Head
 
 B, T, V, D = 8, 12, 37, 5
@@ -25,6 +30,15 @@ def bigram_model(rules=Rules()):
         return params["table"].at[batch.tokens].get(out_sharding=rules.batch(3))
 
     return LanguageModel(hidden, lambda params: Head(params["head"], vocab_size=V))
+
+
+def make_parts(policy, signal, rules=Rules()):
+    model, optimiser = bigram_model(rules), optax.sgd(0.1)
+    chosen = POLICIES[policy](config.Selection(policy=policy, fraction=0.3))
+    objective = Objective({}, {}, make_schedule(1.0, "loss.tau"), "token")
+    return StepParts(
+        model, model, SIGNALS[signal] if signal else None, chosen, objective, optimiser, make_schedule(0.1, "x"), rules
+    )
 
 
 def make_params(seed, width=D, scale=1.5):
@@ -126,8 +140,7 @@ def test_uniform_model_has_perplexity_v(case):
     _, teacher, batch, _ = case
     uniform = jax.tree.map(jnp.zeros_like, teacher)
     found = evaluate(make_eval_step(bigram_model()), uniform, None, [batch])
-    want = Estimate(pytest.approx(V, rel=1e-5), pytest.approx(V, rel=1e-5), pytest.approx(V, rel=1e-5))
-    assert found.student.perplexity == want
+    assert dataclasses.astuple(found.student.perplexity) == pytest.approx((V, V, V), rel=1e-5)
     assert found.student.entropy.value == pytest.approx(np.log(V), rel=1e-5)
     assert found.teacher is None
 
@@ -163,7 +176,9 @@ def test_mesh_gives_the_same(case, preset):
     if preset == "fsdp":  # a head that is stored in parts, V = 37 padded to 40 columns
         spec = rules.storage_spec(("embed", "vocab"), (3, 40))
         model = dataclasses.replace(model, head_spec=spec)
-        student, teacher = (p | {"head": jnp.pad(p["head"], ((0, 0), (0, 3)), constant_values=9)} for p in (student, teacher))
+        student, teacher = (
+            p | {"head": jnp.pad(p["head"], ((0, 0), (0, 3)), constant_values=9)} for p in (student, teacher)
+        )
         assert "data" in spec
 
     def place(params):
@@ -176,3 +191,43 @@ def test_mesh_gives_the_same(case, preset):
     for name in want:
         assert found[name].sharding.is_fully_replicated
         np.testing.assert_allclose(found[name], want[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("policy", "signal"), [("top_fraction", "student_entropy"), ("top_fraction", "teacher_entropy"), ("all", "")]
+)
+def test_page_step_shows_what_the_run_selects(case, policy, signal):
+    student, teacher, batch, want = case
+    made = make_page_step(make_parts(policy, signal))(student, teacher, batch, (), jax.random.key(0))
+    for b in range(B):
+        targets = [one for one in want if one["row"] == b]
+        places = np.flatnonzero(made["eligible"][b])
+        assert len(places) == len(targets)
+        for name, mine in (("student_entropy", "entropy"), ("student_nll", "nll")):
+            np.testing.assert_allclose(made[mine][b, places], [one[name] for one in targets], rtol=1e-4)
+        score = signal
+        chosen = set(places)
+        if score:
+            order = np.argsort([-one[score] for one in targets], kind="stable")
+            chosen = set(places[order[: -(-3 * len(targets) // 10)]])  # 30 %, rounded up
+        assert set(np.flatnonzero(made["selected"][b])) == chosen
+
+
+def test_page_step_on_a_mesh(case):
+    student, teacher, batch, _ = case
+    want = make_page_step(make_parts("random_fraction", "random"))(student, teacher, batch, (), jax.random.key(5))
+    rules = make_rules("dp")
+    parts = make_parts("random_fraction", "random", rules)
+    everywhere = jax.NamedSharding(rules.mesh, jax.sharding.PartitionSpec())
+    student, teacher, key = jax.device_put((student, teacher, jax.random.key(5)), everywhere)
+    batch = jax.tree.map(lambda a: jax.device_put(a, rules.batch(a.ndim)), batch)
+    made = make_page_step(parts)(student, teacher, batch, (), key)
+    np.testing.assert_array_equal(made["selected"], want["selected"])
+    np.testing.assert_allclose(made["entropy"], want["entropy"], rtol=1e-5)
+    assert 0 < made["selected"].sum() < made["eligible"].sum()
+
+
+def test_page_step_needs_the_teacher_that_its_signal_reads():
+    parts = dataclasses.replace(make_parts("top_fraction", "teacher_entropy"), teacher=None)
+    with pytest.raises(ValueError, match=r"teacher\.path must be set, got ''; the signal reads the teacher"):
+        make_page_step(parts)

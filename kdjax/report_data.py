@@ -1,0 +1,142 @@
+"""What the report shows besides the logged figures: summary, a page of text with its selection, completions.
+
+Written in two parts, before the first step and after the last, so that a resumed run still knows the untrained student.
+The schema is that of analysis/report.py.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import kdjax
+from kdjax.analysis.report import write_report
+from kdjax.build import Built
+from kdjax.config import fingerprint
+from kdjax.data import heldout_batches, to_batch
+from kdjax.evals.text_page import entropy_page, make_page_step
+from kdjax.generation.sampler import complete
+from kdjax.models.tokenizer import fingerprint as tokenizer_fingerprint
+from kdjax.types import Params, TrainState
+
+FILE = "report_data.json"
+PROMPT_TOKENS = 24
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+
+
+def write_before(workdir: Path, built: Built) -> None:
+    """Completions of the teacher and of the student before training."""
+    prompts = _prompts(built)
+    completions = [{"prompt": prompt} for prompt in prompts]
+    if prompts:
+        sides = {"before": (built.student_cfg, built.student_params)}
+        if built.teacher is not None:
+            sides["teacher"] = (built.teacher.cfg, built.teacher.params)
+        for name, (cfg, params) in sides.items():
+            for entry, text in zip(completions, _complete(built, cfg, params, prompts), strict=True):
+                entry[name] = text
+    _write(workdir, {"completions": completions})
+
+
+def write_after(workdir: Path, built: Built, state: TrainState) -> None:
+    """The rest, and report.html."""
+    path = workdir / FILE
+    data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"completions": []}
+    prompts = [entry["prompt"] for entry in data["completions"]]
+    if prompts:
+        for entry, text in zip(
+            data["completions"], _complete(built, built.student_cfg, state.params, prompts), strict=True
+        ):
+            entry["after"] = text
+    _write(workdir, data | _summary(workdir, built) | _text_page(built, state))
+    if jax.process_index() == 0:
+        write_report(workdir)
+
+
+def _complete(built: Built, cfg: Any, params: Params, prompts: list[str]) -> list[str]:
+    return complete(cfg, params, built.tokenizer, prompts, built.experiment.eval.new_tokens)
+
+
+def _prompts(built: Built) -> list[str]:
+    """Beginnings of held-out documents."""
+    rows, wanted, found = built.data.heldout, built.experiment.eval.completions, []
+    for tokens, segments, positions in zip(rows.tokens, rows.segment_ids, rows.positions, strict=True):
+        for segment in range(1, int(segments.max()) + 1):
+            part = tokens[segments == segment][:PROMPT_TOKENS]
+            if len(found) < wanted and part.size == PROMPT_TOKENS and positions[segments == segment][0] == 0:
+                found.append(built.tokenizer.decode(part.tolist()))
+                break
+    return found
+
+
+def _text_page(built: Built, state: TrainState) -> dict[str, Any]:
+    """One held-out row with the student's entropies and what the run's policy would select of it."""
+    columns = next(iter(heldout_batches(built.data.heldout, built.rules.batch_shards, built.rules.batch_shards)))
+    page = make_page_step(built.parts)
+    arrays = jax.device_get(
+        page(state.params, built.teacher_params, to_batch(columns, built.rules), state.policy_state, state.key)
+    )
+    names = ("entropy", "nll", "eligible", "selected")
+    length = int(np.sum(columns["segment_ids"][0] > 0))
+    text = entropy_page(columns["tokens"][0], *(arrays[name][0] for name in names), built.tokenizer, length=length)
+    return {"text": text, "text_note": "The first held-out row, as the trained student sees it."}
+
+
+def _summary(workdir: Path, built: Built) -> dict[str, Any]:
+    e, data = built.experiment, built.data
+    teacher = {}
+    if built.teacher is not None:
+        teacher = {
+            "teacher": built.teacher.source,
+            "teacher_layers": built.teacher.cfg.layers,
+            "teacher_parameters": _size(built.teacher.params),
+        }
+    policies = {
+        "all": "all positions",
+        "random_fraction": f"a random {e.selection.fraction:.0%} of the positions",
+        "top_fraction": f"the {e.selection.fraction:.0%} of positions with the highest {e.selection.signal.replace('_', ' ')}",
+    }
+    summary = {
+        **teacher,
+        "student": built.student_source,
+        "student_layers": built.student_cfg.layers,
+        "student_parameters": _size(built.student_params),
+        "data": f"{e.data.path}, {data.summary['train']['documents']} training documents",
+        "selection": policies.get(e.selection.policy, e.selection.policy),
+        "loss": ", ".join(name.replace("_", " ") for name in built.parts.objective.terms),
+        "steps": e.train.steps,
+        "tokens": e.train.steps * e.train.batch_size * e.data.seq_len,
+        "seed": e.train.seed,
+        "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
+    }
+    prints = {
+        "config": fingerprint(e),
+        "data": data.fingerprint[:16],
+        "tokenizer": tokenizer_fingerprint(built.tokenizer)[:16],
+    } | ({} if built.teacher is None else {"teacher": built.teacher.fingerprint[:16]})
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions |= {"kdjax": kdjax.__version__, "python": platform.python_version()}
+    command = " ".join(["python -m", _module(), *sys.argv[1:]])
+    return {"summary": summary, "versions": versions, "fingerprints": prints, "command": command}
+
+
+def _module() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec is not None else Path(sys.argv[0]).name
+
+
+def _size(params: Params) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _write(workdir: Path, data: dict[str, Any]) -> None:
+    if jax.process_index() == 0:
+        beside = workdir / (FILE + ".tmp")
+        beside.write_text(json.dumps(data), encoding="utf-8")
+        beside.replace(workdir / FILE)

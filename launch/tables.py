@@ -1,0 +1,40 @@
+"""The held-out figures of a run as a plain-text table."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROWS = (
+    ("perplexity", "perplexity", "{:,.1f}"),
+    ("KL to the teacher, nats", "kl", "{:.3f}"),
+    ("top-1 agreement", "agreement", "{:.3f}"),
+    ("next-token accuracy", "accuracy", "{:.3f}"),
+    ("calibration error", "ece", "{:.3f}"),
+)
+
+
+def figures(workdir: Path) -> str:
+    """The first and the last evaluation in evals.jsonl, side by side with the teacher."""
+    lines = (workdir / "evals.jsonl").read_text(encoding="utf-8").splitlines()
+    return table(json.loads(lines[0]), json.loads(lines[-1]))
+
+
+def table(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Two evaluations as {"student": figures, "teacher": figures or None, "kl": ..., "agreement": ...}."""
+    title = f"held out: {after['tokens']:,} tokens"
+    made = [f"{title:28}{'student before':>24}{'student after':>24}{'teacher':>24}"]
+    for label, name, form in ROWS:
+        cells = [_cell(e.get(name) or e["student"].get(name), form) for e in (before, after)]
+        teacher = after.get("teacher") or {}
+        made.append(f"{label:28}" + "".join(f"{cell:>24}" for cell in [*cells, _cell(teacher.get(name), form)]))
+    return "\n".join([*made, "[low, high]: 95 % bootstrap interval over held-out rows"])
+
+
+def _cell(estimate: dict[str, float | None] | None, form: str) -> str:
+    if estimate is None or estimate["value"] is None:
+        return "-"
+    value = estimate["value"]
+    if value >= 1e5:
+        return f"{value:.1e}"
+    low, high = (form.format(estimate[side]) for side in ("low", "high"))
+    return f"{form.format(value)} [{low}, {high}]"
