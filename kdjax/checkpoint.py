@@ -26,12 +26,10 @@ class Checkpoints:
         from orbax.checkpoint import v1 as ocp
 
         policies = ocp.training.preservation_policies
-        kept: list[Any] = [policies.LatestN(config.keep)]
+        kept: list[Any] = [policies.LatestN(n=config.keep)]
         if config.keep_best:
-            best = policies.BestN(
-                lambda metrics: metrics[BEST], n=config.keep_best, keep_checkpoints_without_metrics=False
-            )
-            kept.append(best)
+            rated = {"get_metric_fn": lambda metrics: metrics[BEST], "keep_checkpoints_without_metrics": False}
+            kept.append(policies.BestN(**rated, n=config.keep_best))
         self.directory = workdir / "checkpoints"
         self._orbax: ocp.training.Checkpointer = ocp.training.Checkpointer(
             self.directory.absolute(),
@@ -62,10 +60,13 @@ class Checkpoints:
         if step in [c.step for c in self._orbax.checkpoints]:
             return
         self._require_space(step, state)
-        parts = {"state": state, "data": data, "meta": {"config": identity}}
+        facts = {
+            "metrics": None if kl is None else {BEST: float(kl)},
+            "custom_metadata": {"config": identity},
+        }
         try:
-            metrics = None if kl is None else {BEST: float(kl)}
-            self._pending = self._orbax.save_checkpointables_async(step, parts, force=True, metrics=metrics)
+            parts = {"state": state, "data": data}
+            self._pending = self._orbax.save_checkpointables_async(step, parts, force=True, **facts)
         except OSError as error:
             raise self._failed(step, error) from error
 
@@ -88,10 +89,10 @@ class Checkpoints:
         known = [c.step for c in self._orbax.checkpoints]
         if step not in known:
             raise ValueError(f"step must be one of the saved ones {known} in {self.directory}, got {step}.")
-        meta = self._orbax.load_checkpointables(step, {"meta": {"config": ""}})["meta"]
-        if meta["config"] != identity:
+        found = (self._orbax.checkpointables_metadata(step).custom_metadata or {}).get("config")
+        if found != identity:
             raise ValueError(
-                f"{self.directory} must hold checkpoints of this config ({identity}), got those of {meta['config']}. "
+                f"{self.directory} must hold checkpoints of this config and data ({identity}), got those of {found}. "
                 "Set another --workdir, or the config the run was started with (config.json beside it)."
             )
         wanted = {"state": abstract_state} | ({} if data is None else {"data": data})

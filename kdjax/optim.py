@@ -11,7 +11,7 @@ from kdjax.types import Params
 
 
 def make_optimiser(config: Optim, steps: int) -> tuple[optax.GradientTransformation, Schedule]:
-    """(transformation, learning rate as a function of the update number). Moments have the dtype of the float32 masters."""
+    """(transformation, learning rate as a function of the update number). Moments are float32 like the masters."""
     if config.warmup >= steps and config.warmup > 0 and config.schedule != "constant":
         raise ValueError(
             f"optim.warmup must be less than train.steps = {steps}, got {config.warmup}; the learning rate would never "

@@ -61,7 +61,7 @@ class Rules:
 
     def gather(self, weight: Array) -> Array:
         """The whole of a stored weight, at the place of its use; its gradient goes back as it is stored."""
-        return weight if self.mesh is None else jax.sharding.reshard(weight, P(*[None] * weight.ndim))
+        return weight if self.mesh is None else jax.sharding.reshard(weight, NamedSharding(self.mesh, P()))
 
     def batch_spec(self, ndim: int) -> P:
         """Batch-major activations and inputs: split along the first axis."""
@@ -94,13 +94,15 @@ class Rules:
 
 
 def make_rules(preset: str, devices: int = 0) -> Rules:
-    """The mesh and rules of a preset over the first `devices` devices (0 = all; single always takes 1)."""
+    """The mesh and rules of a preset over the first `devices` devices (0 = all); single takes one and no mesh."""
     entry = registry.lookup(PRESETS, preset, "mesh.preset")
+    if entry.one_device:
+        return Rules()
     available = jax.device_count()
     if devices > available:
         raise ValueError(
             f"mesh.devices must be at most the {available} that JAX sees, got {devices}. Set it to 0 for all."
         )
-    count = 1 if entry.one_device else devices or available
+    count = devices or available
     mesh = jax.make_mesh((count,), (DATA,), axis_types=(AxisType.Explicit,), devices=jax.devices()[:count])
     return Rules(mesh, entry)

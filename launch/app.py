@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 FLAGS = flags.FLAGS
@@ -19,6 +19,8 @@ def run(main: Callable[[], int | None]) -> None:
     """Parse the flags and call `main`; bad input (ValueError, OSError) ends with its message and exit code 2."""
 
     def guarded(arguments: list[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # orbax narrates every step
         if len(arguments) > 1:
             sys.exit(f"error: unknown argument {arguments[1]!r}; options start with -- (see --help)")
         try:

@@ -22,11 +22,11 @@ def figures(workdir: Path) -> str:
 def table(before: dict[str, Any], after: dict[str, Any]) -> str:
     """Two evaluations as {"student": figures, "teacher": figures or None, "kl": ..., "agreement": ...}."""
     title = f"held out: {after['tokens']:,} tokens"
-    made = [f"{title:28}{'student before':>24}{'student after':>24}{'teacher':>24}"]
+    made = [f"{title:28}{'student before':>28}{'student after':>28}{'teacher':>28}"]
     for label, name, form in ROWS:
         cells = [_cell(e.get(name) or e["student"].get(name), form) for e in (before, after)]
         teacher = after.get("teacher") or {}
-        made.append(f"{label:28}" + "".join(f"{cell:>24}" for cell in [*cells, _cell(teacher.get(name), form)]))
+        made.append(f"{label:28}" + "".join(f"{cell:>28}" for cell in [*cells, _cell(teacher.get(name), form)]))
     return "\n".join([*made, "[low, high]: 95 % bootstrap interval over held-out rows"])
 
 

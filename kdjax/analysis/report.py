@@ -18,7 +18,8 @@ Reads (all optional, but one of the first two must be there):
      "fingerprints": {"config": "0123456789abcdef", ...}}
   `text` is one row in reading order; the figures of a token are those of the prediction *of* that token, in nats,
   `rank` is 1 for the highest entropy; null where `eligible` is false (`evals.text_page.entropy_page` makes the list).
-  `selection` and `data` read on from "on ..." and "supervised at ..." in the summary.
+  `seconds` is the last one logged if it is not given. In the summary `data` follows on "on", `loss` on "with",
+  `selection` on "supervised at".
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def render(metrics: Sequence[Record], evals: Sequence[Record], config: Record, d
     return page.document(
         title,
         [
-            page.header(title, summary(data.get("summary") or {})),
+            page.header(title, summary({"seconds": _last_second([*metrics, *evals]), **(data.get("summary") or {})})),
             page.tiles(before, after),
             page.table(before, after),
             page.charts(
@@ -87,6 +88,10 @@ def render(metrics: Sequence[Record], evals: Sequence[Record], config: Record, d
             page.reproduce(data, config),
         ],
     )
+
+
+def _last_second(lines: Sequence[Record]) -> float:
+    return max((float(line.get("seconds") or 0.0) for line in lines), default=0.0)
 
 
 def summary(fields: Record) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from kdjax import registry
 
 FACTBOOK_FILE = "factbook.jsonl.xz"
 SUFFIXES = (".jsonl", ".txt")
+SECTIONS = 40  # of a text that is the only document: enough for a held-out part of 5 %
 FORMS = '"messages", "prompt" and "response", or "text"'
 
 
@@ -55,6 +57,7 @@ def read_documents(path: str) -> tuple[list[Document], list[str]]:
 
     `path` is a name in `SOURCES`, 'package.module:function', a .txt file (one document), a .jsonl file (one document
     per line: `FORMS`, the first that fits) or a directory of such files, read recursively in the order of their names.
+    A text that is the only document is cut into `sections`, since train and held-out are split by document.
     Raises ValueError that names the file and the byte or line for whatever cannot be read.
     """
     notes: list[str] = []
@@ -63,9 +66,28 @@ def read_documents(path: str) -> tuple[list[Document], list[str]]:
     else:
         root, files, notes = _files(path)
         documents = [document for file in files for document in _read_file(file, _id(file, root))]
+    if len(documents) == 1 and documents[0].text is not None:
+        documents = sections(documents[0])
+        if len(documents) > 1:
+            notes = [*notes, f"{path} is one document; it was cut at blank lines into {len(documents)} sections"]
     if not documents:
         raise ValueError(f"data.path must hold documents, got {path!r}; it has none. Set it to data with at least two.")
     return documents, notes
+
+
+def sections(document: Document) -> list[Document]:
+    """A text cut at blank lines into at most SECTIONS parts of about equal length, with ids "book.txt#1", ..."""
+    paragraphs = [part for part in re.split(r"\n\s*\n", document.text or "") if part.strip()]
+    least = sum(map(len, paragraphs)) / SECTIONS
+    made: list[str] = []
+    for paragraph in paragraphs:
+        if made and len(made[-1]) < least:
+            made[-1] += "\n\n" + paragraph
+        else:
+            made.append(paragraph)
+    if len(made) < 2:
+        return [document]
+    return [Document(f"{document.id}#{at}", text=text) for at, text in enumerate(made, start=1)]
 
 
 def _id(file: Path, root: Path) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from kdjax.step import StepParts
 
-PageStep = Callable[[Params, Params, Batch, Any, Array], dict[str, Array]]
+PageStep = Callable[[Params, Params, Batch, Any, Array], dict[str, Array | None]]
 
 
 def make_page_step(parts: StepParts) -> PageStep:
@@ -39,7 +39,7 @@ def make_page_step(parts: StepParts) -> PageStep:
         models.append(parts.teacher)
     side_specs = [(rules.batch_spec(3), model.head_spec) for model in models]
 
-    def local(sides: list, batch: Batch, policy_state: Any, key: Array) -> dict[str, Array]:
+    def local(sides: list, batch: Batch, policy_state: Any, key: Array) -> dict[str, Array | None]:
         sides = [(h, rules.gather_head(head, spec[1])) for (h, head), spec in zip(sides, side_specs, strict=True)]
         labels, eligible = targets_of(batch)
         stats = token_stats(dict.fromkeys(needs), sides[0], sides[1] if len(sides) > 1 else None, labels)
@@ -51,7 +51,7 @@ def make_page_step(parts: StepParts) -> PageStep:
         selected = jnp.zeros(labels.shape, bool).at[rows, selection.index].max(selection.weight > 0)
         return {"entropy": stats.student_entropy, "nll": stats.student_ce, "eligible": eligible, "selected": selected}
 
-    def page_step(params: Params, teacher_params: Params, batch: Batch, policy_state: Any, key: Array):
+    def page_step(params: Params, teacher_params: Params, batch: Batch, policy_state: Any, key: Array) -> dict:
         every = (params, teacher_params)
         sides = [(model.hidden(p, batch), model.head(p)) for model, p in zip(models, every, strict=False)]
         whole = jax.sharding.PartitionSpec()
@@ -89,7 +89,14 @@ def entropy_page(
     page = []
     for at, piece in enumerate(pieces(list(map(int, tokens[:total])), tokenizer)):
         before = at - 1
-        entry: dict[str, Any] = {"token": piece, "entropy": None, "nll": None, "rank": None, "selected": False, "eligible": False}
+        entry: dict[str, Any] = {
+            "token": piece,
+            "entropy": None,
+            "nll": None,
+            "rank": None,
+            "selected": False,
+            "eligible": False,
+        }
         if before in ranks:
             entry |= {
                 "entropy": round(float(entropy[before]), 4),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ Message = Mapping[str, str]
 PROMPT_BLOCK = 32  # prompts are padded to a multiple of this, so that few lengths compile
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "new_tokens", "eos_ids", "compute_dtype"))
+@functools.partial(jax.jit, static_argnames=("cfg", "new_tokens", "eos_ids", "vocab_size", "compute_dtype"))
 def greedy(
     cfg: ModelConfig,
     params: Params,
@@ -30,16 +31,18 @@ def greedy(
     *,
     new_tokens: int,
     eos_ids: tuple[int, ...] = (),
+    vocab_size: int | None = None,
     compute_dtype: Any = jnp.float32,
 ) -> tuple[Array, Array]:
     """The most likely token at every step, the lower id on ties: (tokens int32 [B, new_tokens], how many of them [B]).
 
     prompts: int32 [B, P], padded on the right; lengths: int32 [B], at least 1. A row stops at a token of `eos_ids`,
     which is not counted; what follows it in the row says nothing. Padding is never seen: the keys that it left in the
-    cache lie after the query until the row's own tokens overwrite them.
+    cache lie after the query until the row's own tokens overwrite them. vocab_size: only ids below it are generated.
     """
     rows, width = prompts.shape
     last = head(cfg, params, compute_dtype=compute_dtype)
+    last = dataclasses.replace(last, vocab_size=min(last.vocab_size, vocab_size or last.vocab_size))
     cache = init_cache(cfg, rows, width + new_tokens, compute_dtype)
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompts.shape)
     hidden, cache = hidden_cached(cfg, params, prompts, positions, cache, compute_dtype=compute_dtype)
@@ -79,8 +82,9 @@ def complete(
     """Greedy completions, without their prompts and special tokens.
 
     A prompt is a text to go on with, or a list of chat messages, which goes through the tokenizer's template and is
-    answered. Runs on one device: `params` are brought there if they are split over several. Raises ValueError for a
-    prompt without tokens or one that with its completion is longer than the model's context.
+    answered. Padding columns of the vocabulary, which the tokenizer does not know, are never generated. Runs on one
+    device: `params` are brought there if they are split over several; with several processes all have to call. Raises
+    ValueError for a prompt without tokens or one that with its completion is longer than the model's context.
     """
     if not prompts:
         return []
@@ -97,17 +101,20 @@ def complete(
     width = -(-int(lengths.max()) // PROMPT_BLOCK) * PROMPT_BLOCK
     padded = np.array([row + [0] * (width - len(row)) for row in ids], np.int32)
     ends = set(cfg.eos_ids) | ({tokenizer.eos_token_id} - {None})
-    tokens, counts = greedy(
-        cfg,
-        jax.device_put(params, jax.local_devices()[0]),
-        padded,
-        lengths,
-        new_tokens=new_tokens,
-        eos_ids=tuple(sorted(ends)),
-        compute_dtype=compute_dtype,
-    )
+    params = _on_one_device(params)
+    with jax.set_mesh(None):  # a mesh that the caller may have set is none of this program's business
+        tokens, counts = greedy(
+            cfg,
+            params,
+            padded,
+            lengths,
+            new_tokens=new_tokens,
+            eos_ids=tuple(sorted(ends)),
+            vocab_size=max(tokenizer.get_vocab().values()) + 1,
+            compute_dtype=compute_dtype,
+        )
     made = [row[:count].tolist() for row, count in zip(np.asarray(tokens), np.asarray(counts), strict=True)]
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in made]
+    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in made]
 
 
 def _most_likely(hidden: Array, last: Head) -> Array:
@@ -115,7 +122,17 @@ def _most_likely(hidden: Array, last: Head) -> Array:
     return linear_stats(hidden, last, jnp.zeros(hidden.shape[0], jnp.int32)).argmax.astype(jnp.int32)
 
 
+def _on_one_device(params: Params) -> Params:
+    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(params)):
+        from jax.experimental import multihost_utils
+
+        params = multihost_utils.process_allgather(params, tiled=True)
+    return jax.device_put(params, jax.local_devices()[0])
+
+
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False))
+    chat = [dict(message) for message in prompt]
+    ids: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return list(ids)

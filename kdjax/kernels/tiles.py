@@ -9,10 +9,13 @@ from kdjax.types import Head
 
 
 def row_tiles(rows: int, at_most: int) -> tuple[int, int]:
-    """(number of tiles, rows per tile): even tiles of at most about `at_most` rows, a multiple of 8 unless it is one."""
+    """(number of tiles, rows per tile): even tiles of about `at_most` rows, a multiple of 8 unless it is one tile."""
     count = max(1, -(-rows // at_most))
     size = max(1, -(-rows // count))
-    return count, size if count == 1 else -(-size // 8) * 8
+    if count > 1:
+        size = -(-size // 8) * 8
+        count = -(-rows // size)  # the rounding may have emptied the last tile
+    return count, size
 
 
 def split_rows(array: Array, count: int, size: int) -> Array:
@@ -40,9 +43,12 @@ def tile_logits(hidden: Float[Array, "C D"], head: Head) -> Float[Array, "C V"]:
 def tile_gradients(
     gradient: Float[Array, "C V"], logits: Float[Array, "C V"], hidden: Float[Array, "C D"], head: Head
 ) -> tuple[Float[Array, "C D"], Float[Array, "X Y"]]:
-    """From d loss / d logits of a tile: d loss / d hidden and d loss / d head.weight, both float32."""
+    """From d loss / d logits of a tile: d loss / d hidden and d loss / d head.weight, both float32.
+
+    A row whose gradient is 0 throughout must have finite `hidden`; its logits may be anything.
+    """
     if head.soft_cap > 0.0:
-        gradient = gradient * (1.0 - jnp.square(logits / head.soft_cap))
+        gradient = jnp.where(gradient == 0.0, 0.0, gradient * (1.0 - jnp.square(logits / head.soft_cap)))
     if head.logit_scale != 1.0:
         gradient = gradient * head.logit_scale
     width = head.weight.shape[0 if head.vocab_major else 1]
@@ -59,3 +65,16 @@ def tile_gradients(
 def log_softmax(logits: Float[Array, "C V"]) -> Float[Array, "C V"]:
     """Over the vocabulary, in float32; finite for finite logits of any size."""
     return jax.nn.log_softmax(logits, axis=-1)
+
+
+def tile_softmax(logits: Float[Array, "C V"]) -> tuple[Float[Array, "C V"], Float[Array, "C V"]]:
+    """(log-probabilities, probabilities) of a tile.
+
+    The exponentials are written once, behind a barrier: left to itself the compiler recomputes them in every reduction
+    and product that reads them, and on a CPU they are the larger part of what is not a matrix product.
+    """
+    top = jnp.max(logits, -1, keepdims=True)
+    exp = lax.optimization_barrier(jnp.exp(logits - top))
+    total = jnp.sum(exp, -1, keepdims=True)
+    # Not logits - (top + log total): at logits of 1e4 the sum would round off the third decimal.
+    return (logits - top) - jnp.log(total), exp / total

@@ -1,7 +1,7 @@
 """Losses: one pointwise divergence per entry; `objective.py` mixes, weighs and reduces them.
 
-To add one: a file with a factory `Loss config -> Term`, and a line here. The contract tests then check it against a float64
-oracle, at student == teacher, at extreme logits, under permutation of the slots, and on 8 devices.
+To add one: a file with a factory `Loss config -> Term`, and a line here. The contract tests then check it against a
+float64 oracle, at student == teacher, at extreme logits, under permutation of the slots, and on 8 devices.
 """
 
 from collections.abc import Callable

@@ -9,5 +9,5 @@ from kdjax.kernels.linear_divergence import Term
 def cross_entropy(config: Loss) -> Term:
     """Gradient on the logits q - onehot(y)."""
     return Term(
-        lambda logp, logq, is_label: jnp.where(is_label, -logq, 0.0), teacher=False, tempered=False, gradient_sum=-1.0
+        lambda pair: jnp.where(pair.is_label, -pair.logq, 0.0), teacher=False, tempered=False, gradient_sum=-1.0
     )

@@ -5,7 +5,8 @@ import math
 import jax.numpy as jnp
 
 from kdjax.config import Loss
-from kdjax.kernels.linear_divergence import Term
+from kdjax.kernels.linear_divergence import Pair, Term
+from kdjax.types import Array
 
 
 def jsd(config: Loss) -> Term:
@@ -15,8 +16,10 @@ def jsd(config: Loss) -> Term:
     """
     beta = config.beta
 
-    def value(logp, logq, is_label):
-        logm = jnp.logaddexp(math.log(beta) + logp, math.log1p(-beta) + logq)
-        return beta * jnp.exp(logp) * (logp - logm) + (1 - beta) * jnp.exp(logq) * (logq - logm)
+    def value(pair: Pair) -> Array:
+        # Only ratios: next to logp = -10 the last bits of log m would be all that is left of a small divergence.
+        gap = pair.logq - pair.logp
+        log_m_over_p = jnp.logaddexp(math.log(beta), math.log1p(-beta) + gap)
+        return (1 - beta) * pair.q * (gap - log_m_over_p) - beta * pair.p * log_m_over_p
 
     return Term(value)

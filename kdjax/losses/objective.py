@@ -38,8 +38,8 @@ class Objective:
     ) -> LossOutput:
         """The sum over the slots and the count it is to be divided by.
 
-        token: sum_slots w_row w_slot loss, count = sum_slots w_slot. sample: the slot weights of a row are first divided
-        by their sum, count = rows with a slot (SE-KD eq. 3-5). Metrics: each term's mean value at the slots.
+        token: sum_slots w_row w_slot loss, count = sum_slots w_slot. sample: the slot weights of a row are first
+        divided by their sum, count = rows with a slot (SE-KD eq. 3-5). Metrics: each term's mean value at the slots.
         """
         slots = selection.weight
         if self.reduction == "sample":
@@ -61,5 +61,6 @@ class Objective:
         )
         filled = selection.weight.reshape(-1) > 0
         n = jnp.sum(filled, dtype=jnp.float32)
-        metrics = {name: (jnp.sum(jnp.where(filled, value, 0.0)), n) for name, value in zip(self.terms, values, strict=True)}
+        sums = jnp.sum(jnp.where(filled[None, :], values, 0.0), 1)
+        metrics = {name: (value, n) for name, value in zip(self.terms, sums, strict=True)}
         return LossOutput(total, count, metrics)

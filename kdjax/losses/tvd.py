@@ -8,4 +8,4 @@ from kdjax.kernels.linear_divergence import Term
 
 def tvd(config: Loss) -> Term:
     """In [0, 1]; the gradient at p = q is taken as 0."""
-    return Term(lambda logp, logq, is_label: 0.5 * jnp.abs(jnp.exp(logp) - jnp.exp(logq)))
+    return Term(lambda pair: 0.5 * jnp.abs(pair.p - pair.q))

@@ -9,19 +9,42 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from kdjax import registry
-from kdjax.models import llama, params, qwen2, qwen3
-from kdjax.models.params import ModelConfig, ParamSpec, RopeScaling, TensorKey
+from kdjax.models import decoder, llama, qwen2, qwen3
+from kdjax.models.params import ModelConfig, ParamSpec, RopeScaling, TensorKey, abstract, init
 from kdjax.sharding import Rules
-from kdjax.types import Array, Params
+from kdjax.types import Array, Head, Params
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "ModelConfig",
+    "ParamSpec",
+    "RopeScaling",
+    "TensorKey",
+    "abstract_params",
+    "config_from_hf",
+    "config_to_hf",
+    "family_of",
+    "head",
+    "hidden",
+    "hidden_cached",
+    "init_cache",
+    "init_params",
+    "key_map",
+    "param_specs",
+]
 
 
 class Family(NamedTuple):
-    """What a model family provides."""
+    """What a model family provides; one that differs from the shared decoder by its specs only leaves the rest out."""
 
     config_from_hf: Callable[[dict[str, Any]], ModelConfig]
     config_to_hf: Callable[[ModelConfig], dict[str, Any]]
     param_specs: Callable[[ModelConfig], dict[str, Any]]
     key_map: Callable[[ModelConfig], dict[str, TensorKey]]
+    hidden: Callable[..., Array] = decoder.hidden
+    init_cache: Callable[..., Any] = decoder.init_cache
+    hidden_cached: Callable[..., tuple[Array, Any]] = decoder.hidden_cached
 
 
 # model_type of config.json -> family
@@ -32,7 +55,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family(cfg: ModelConfig) -> Family:
+def family_of(cfg: ModelConfig) -> Family:
     """The family record of `cfg`."""
     return registry.lookup(FAMILIES, cfg.family, "ModelConfig.family")
 
@@ -44,24 +67,65 @@ def config_from_hf(config: dict[str, Any]) -> ModelConfig:
 
 def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
     """The `config.json` dictionary of `cfg`, as transformers reads it."""
-    return family(cfg).config_to_hf(cfg)
+    return family_of(cfg).config_to_hf(cfg)
 
 
 def param_specs(cfg: ModelConfig) -> dict[str, Any]:
     """A tree of ParamSpec(shape, axes, init); see params.py for its names."""
-    return family(cfg).param_specs(cfg)
+    return family_of(cfg).param_specs(cfg)
 
 
 def key_map(cfg: ModelConfig) -> dict[str, TensorKey]:
     """Checkpoint tensor name -> its place in the tree, a bijection with the (leaf, layer) pairs of `param_specs`."""
-    return family(cfg).key_map(cfg)
+    return family_of(cfg).key_map(cfg)
 
 
 def abstract_params(cfg: ModelConfig, rules: Rules = Rules(), dtype: Any = jnp.float32) -> Any:
     """The parameter tree as ShapeDtypeStruct, with storage shardings when `rules` has a mesh."""
-    return params.abstract(param_specs(cfg), rules, dtype)
+    return abstract(param_specs(cfg), rules, dtype)
 
 
 def init_params(cfg: ModelConfig, key: Array, rules: Rules = Rules()) -> Params:
     """Random float32 parameters, the same on every mesh."""
-    return params.init(param_specs(cfg), key, rules)
+    return init(param_specs(cfg), key, rules)
+
+
+def hidden(
+    cfg: ModelConfig,
+    params: Params,
+    tokens: Array,
+    segment_ids: Array,
+    positions: Array,
+    *,
+    rules: Rules = Rules(),
+    compute_dtype: Any = jnp.float32,
+    remat: str = "none",
+) -> Array:
+    """The trunk: tokens, segment_ids, positions [B, T] -> hidden states [B, T, D] after the final norm.
+
+    Attention is causal and stays within a segment; segment 0 is padding. Parameters are used in `compute_dtype`; norms,
+    RoPE and softmax are in float32. remat: "none" | "dots" | "full", what the backward pass recomputes.
+    """
+    run = family_of(cfg).hidden
+    return run(cfg, params, tokens, segment_ids, positions, rules=rules, compute_dtype=compute_dtype, remat=remat)
+
+
+def head(cfg: ModelConfig, params: Params, *, rules: Rules = Rules(), compute_dtype: Any = jnp.float32) -> Head:
+    """The last linear map, gathered: the embedding [V, D] itself if tied, else [D, V]."""
+    weight = params["embed" if cfg.tied else "head"]
+    return Head(rules.gather(weight.astype(compute_dtype)), vocab_size=cfg.vocab_size, vocab_major=cfg.tied)
+
+
+def init_cache(cfg: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Any:
+    """An empty cache of keys and values [L, B, C, G, H] for `capacity` = C positions."""
+    return family_of(cfg).init_cache(cfg, batch, capacity, dtype)
+
+
+def hidden_cached(
+    cfg: ModelConfig, params: Params, tokens: Array, positions: Array, cache: Any, *, compute_dtype: Any = jnp.float32
+) -> tuple[Array, Any]:
+    """Hidden states [B, T, D] of tokens [B, T] at `positions` [B, T], after those in the cache; and the filled cache.
+
+    A query sees the keys at index <= its position. Prompts of different lengths are padded on the right.
+    """
+    return family_of(cfg).hidden_cached(cfg, params, tokens, positions, cache, compute_dtype=compute_dtype)

@@ -29,6 +29,7 @@ OFFLINE_HINT = (
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]  # config and tokenizer
 HUB_WEIGHTS = ["*.safetensors"]
+HUB_OTHER = ["*/*", "consolidated*"]  # the same weights again in other layouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,8 @@ def _from_hub(repo: str, weights: bool, where: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=HUB_FILES + (HUB_WEIGHTS if weights else [])))
+        wanted = HUB_FILES + (HUB_WEIGHTS if weights else [])
+        return Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns=HUB_OTHER))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(

@@ -1,7 +1,7 @@
 """The part of a Hugging Face `config.json` that decoder families share, read strictly and written back.
 
-A field that would change the computation in a way this library does not implement is refused by name; fields that do not
-(dropout, cache switches, dtypes, versions) are ignored.
+A field that would change the computation in a way this library does not implement is refused by name; fields that do
+not (dropout, cache switches, dtypes, versions) are ignored.
 """
 
 from typing import Any
@@ -32,7 +32,9 @@ def read_config(config: dict[str, Any], family: str, head_dim: int | None = None
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or head_dim or width // heads
     if heads % kv_heads:
-        raise ValueError(f"config.json num_key_value_heads must divide num_attention_heads = {heads}, got {kv_heads}; heads share.")
+        raise ValueError(
+            f"config.json num_key_value_heads must divide num_attention_heads = {heads}, got {kv_heads}; heads share."
+        )
     if head_dim % 2:
         raise ValueError(f"config.json head_dim must be even, got {head_dim}; RoPE rotates pairs.")
     theta, scaling = _rope(config)
@@ -70,8 +72,8 @@ def refuse_sliding_window(config: dict[str, Any]) -> None:
     other = sorted(set(kinds) - {"full_attention"})
     if other:
         raise ValueError(
-            f"config.json layer_types must be 'full_attention' throughout, got {other[0]!r} (use_sliding_window); windowed "
-            "attention is not implemented. Use another model."
+            f"config.json layer_types must be 'full_attention' throughout, got {other[0]!r} (use_sliding_window); "
+            "windowed attention is not implemented. Use another model."
         )
 
 
@@ -113,7 +115,10 @@ def _rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     kind = found.get("rope_type") or found.get("type") or "default"
     partial = found.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if partial not in (1.0, None):
-        raise ValueError(f"config.json partial_rotary_factor must be 1.0, got {partial}; RoPE here turns whole heads. Use another model.")
+        raise ValueError(
+            f"config.json partial_rotary_factor must be 1.0, got {partial!r}; RoPE turns whole heads here. "
+            "Use another model."
+        )
     if kind == "default":
         return theta, None
     if kind == "linear":
@@ -122,7 +127,10 @@ def _rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         original = found.get("original_max_position_embeddings") or config["max_position_embeddings"]
         low, high = float(found["low_freq_factor"]), float(found["high_freq_factor"])
         return theta, RopeScaling("llama3", float(found["factor"]), low, high, int(original))
-    raise ValueError(f"config.json rope_type must be 'default', 'linear' or 'llama3', got {kind!r}; it is not implemented. Use another model.")
+    raise ValueError(
+        f"config.json rope_type must be 'default', 'linear' or 'llama3', got {kind!r}; it is not implemented. "
+        "Use another model."
+    )
 
 
 def _rope_dict(scaling: RopeScaling | None) -> dict[str, Any] | None:

@@ -115,7 +115,9 @@ def open_checkpoint(directory: str | Path) -> Iterator[Checkpoint]:
                 view = handle.get_slice(name)
                 if name in home:
                     raise ValueError(f"{path} must not repeat tensor {name!r}; another file of {directory} holds it.")
-                if view.get_dtype() not in STORED and not name.endswith(IGNORED):
+                if name.endswith(IGNORED):
+                    continue
+                if view.get_dtype() not in STORED:
                     raise ValueError(
                         f"{path} must hold tensors of the types {', '.join(STORED)}, got {view.get_dtype()} for "
                         f"{name!r}; other types are unsupported. Save the model as bfloat16 first."
@@ -128,7 +130,7 @@ def open_checkpoint(directory: str | Path) -> Iterator[Checkpoint]:
 
 def _check_names(keys: Mapping[str, TensorKey], found: Checkpoint, tied: bool) -> None:
     """The tensors of the file are exactly those of the key map, in name and shape; else ValueError naming one."""
-    present = {name for name in found.shapes if not name.endswith(IGNORED)}
+    present = set(found.shapes)
     if tied and HEAD in present:
         if found.shapes.get(HEAD) != found.shapes.get(EMBED) or not np.array_equal(found.read(HEAD), found.read(EMBED)):
             raise ValueError(

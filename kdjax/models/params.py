@@ -1,4 +1,4 @@
-"""One declaration per parameter: shape, logical axes and initial draw; abstract trees, init and name maps derive from it.
+"""One declaration per parameter: shape, logical axes, initial draw; abstract trees, init and name maps derive from it.
 
 The tree of a decoder (N query heads, G key/value heads, H head size, D width, F mlp, V vocabulary, L layers):
   embed [V, D], final_norm [D], head [D, V] if untied,
@@ -23,8 +23,9 @@ from kdjax.types import Array, Params
 class RopeScaling:
     """How RoPE frequencies are stretched beyond the pretraining context.
 
-    kind "linear": every frequency over `factor`. kind "llama3": wavelengths above original_positions / low_frequency_factor
-    over `factor`, those below original_positions / high_frequency_factor untouched, a linear blend between.
+    kind "linear": every frequency is divided by `factor`. kind "llama3": only those of wavelengths above
+    original_positions / low_frequency_factor; those below original_positions / high_frequency_factor are kept, with a
+    blend between that is linear in the number of turns.
     """
 
     kind: str
@@ -94,7 +95,7 @@ class TensorKey:
 
 
 def from_file(key: TensorKey, tensor: np.ndarray) -> np.ndarray:
-    """A checkpoint tensor in the form of the tree. No copy is made where a view does; raises ValueError on a wrong shape."""
+    """A checkpoint tensor in the form of the tree, as a view where possible. Raises ValueError on a wrong shape."""
     if tuple(tensor.shape) != key.file_shape:
         raise ValueError(f"tensor of {'.'.join(key.path)} must be {key.file_shape}, got {tuple(tensor.shape)}.")
     return (tensor.T if key.transpose else tensor).reshape(key.shape)
@@ -114,7 +115,7 @@ def abstract(specs: Any, rules: Rules = Rules(), dtype: Any = jnp.float32) -> An
 
 
 def init(specs: Any, key: Array, rules: Rules = Rules()) -> Params:
-    """Random float32 parameters, stored as `rules` says. A leaf's draw depends on its path and shape only, not on the mesh."""
+    """Random float32 parameters, stored as `rules` says. A draw depends on path and shape only, not on the mesh."""
 
     def draw(path: Any, spec: ParamSpec) -> Array:
         sharding = rules.storage(spec.axes, spec.shape)

@@ -1,7 +1,7 @@
 """The position axis: statistics -> signal (a score per position) -> policy (fixed-size slots).
 
-A signal says how interesting a position is and what it must be told to know that; a policy spends a budget on scores. Both
-are open tables; every signal runs with every policy.
+A signal says how interesting a position is and what it must be told to know that; a policy spends a budget on scores.
+Both are open tables; every signal runs with every policy.
 """
 
 from kdjax.selection.policies import POLICIES, Policy

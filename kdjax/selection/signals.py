@@ -25,18 +25,20 @@ class Signal:
     noisy: bool = False
 
 
+def _statistic(name: str) -> Signal:
+    return Signal(lambda stats, noise: getattr(stats, name), (name,))
+
+
 SIGNALS: dict[str, Signal] = {
-    # SE-KD: H(q_t) = -sum_v q log q of the student.
-    "student_entropy": Signal(lambda stats, noise: stats.student_entropy, ("student_entropy",)),
-    "teacher_entropy": Signal(lambda stats, noise: stats.teacher_entropy, ("teacher_entropy",)),
-    # -log q_t(y_t): where the student misses the text.
-    "student_ce": Signal(lambda stats, noise: stats.student_ce, ("student_ce",)),
+    "student_entropy": _statistic("student_entropy"),  # SE-KD: H(q_t) = -sum_v q log q of the student
+    "teacher_entropy": _statistic("teacher_entropy"),
+    "student_ce": _statistic("student_ce"),  # -log q_t(y_t): where the student misses the text
     "random": Signal(lambda stats, noise: noise, noisy=True),
 }
 
 
 def position_noise(key: Array, batch: Batch, purpose: int) -> Float[Array, "B T"]:
-    """Uniform numbers that do not depend on batch size, device count or restart: key x purpose x row x epoch x position."""
+    """Uniform numbers of key, purpose, row, epoch and position alone: the same at any batch size or device count."""
     key = jax.random.fold_in(key, purpose)
 
     def row(row_id: Int[Array, ""], epoch: Int[Array, ""]) -> Float[Array, "T"]:

@@ -1,4 +1,4 @@
-"""Statistics of both sides at all positions: one pass over each vocabulary, without gradient, only what is asked for."""
+"""Statistics of both sides at all positions: one pass over each vocabulary, no gradient, only what is asked for."""
 
 from collections.abc import Iterable
 
@@ -31,7 +31,10 @@ def token_stats(
         if not wanted:
             continue
         if side is None:
-            raise ValueError(f"selection.signal must not need {wanted[0]!r}, got one that does; there is no {name} here.")
+            raise ValueError(
+                f"selection.signal must not need {wanted[0]!r}, got one that does; there is no {name} here. "
+                f"Choose another signal or set {name}.path."
+            )
         hidden, head = side
         stats = linear_stats(hidden.reshape(-1, hidden.shape[-1]), head, labels.reshape(-1))
         for field in wanted:

@@ -73,8 +73,26 @@ def test_build_factbook_walks_drops_tags_entities_short_broken_and_meta(tmp_path
 
 
 def test_a_text_file_is_one_document_without_its_byte_order_mark(tmp_path):
-    path = write(tmp_path / "a.txt", b"\xef\xbb\xbfone\n\ntwo \xe2\x82\xac\r\n")
-    assert read_documents(path) == ([Document("a.txt", text="one\n\ntwo €\r\n")], [])
+    path = write(tmp_path / "a.txt", b"\xef\xbb\xbfone\ntwo \xe2\x82\xac\r\n")
+    assert read_documents(path) == ([Document("a.txt", text="one\ntwo €\r\n")], [])
+
+
+def test_a_book_alone_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path):
+    paragraphs = [f"Paragraph {i}, " + "word " * (i % 7 + 1) for i in range(300)]
+    path = write(tmp_path / "book.txt", "\n\n".join(paragraphs).encode())
+    documents, notes = read_documents(path)
+    assert "\n\n".join(document.text for document in documents) == "\n\n".join(paragraphs)
+    assert 30 <= len(documents) <= 40
+    assert [document.id for document in documents[:2]] == ["book.txt#1", "book.txt#2"]
+    assert notes == [f"{path} is one document; it was cut at blank lines into {len(documents)} sections"]
+    lengths = [len(document.text) for document in documents]
+    assert max(lengths) < 2 * min(lengths[:-1])
+
+
+def test_a_book_in_a_directory_with_others_is_one_document(tmp_path):
+    write(tmp_path / "a.txt", b"one\n\ntwo")
+    write(tmp_path / "b.txt", b"three\n\nfour")
+    assert [document.id for document in read_documents(str(tmp_path))[0]] == ["a.txt", "b.txt"]
 
 
 def test_jsonl_rows_of_every_form_keep_their_line_numbers(tmp_path):

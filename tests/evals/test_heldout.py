@@ -1,6 +1,8 @@
 """The evaluation step against float64 numpy on models small enough to write out their whole logits."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -231,3 +233,15 @@ def test_page_step_needs_the_teacher_that_its_signal_reads():
     parts = dataclasses.replace(make_parts("top_fraction", "teacher_entropy"), teacher=None)
     with pytest.raises(ValueError, match=r"teacher\.path must be set, got ''; the signal reads the teacher"):
         make_page_step(parts)
+
+
+def test_no_array_of_all_logits_exists():
+    batch, positions, vocab = 4, 256, 49152
+    model = LanguageModel(lambda p, b: p["table"][b.tokens], lambda p: Head(p["head"], vocab_size=vocab))
+    shapes = {"table": (vocab, 8), "head": (8, vocab)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    whole = jax.tree.map(lambda a: jax.ShapeDtypeStruct((batch, positions)[: a.ndim], a.dtype), make_batch())
+    compiled = make_eval_step(model, model).lower(params, params, whole).compile()
+    shapes = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", compiled.as_text())
+    largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
+    assert vocab * 8 <= largest < batch * positions * vocab // 4

@@ -4,11 +4,13 @@ import json
 import shutil
 import tracemalloc
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 
 from kdjax import models, sharding
@@ -204,6 +206,28 @@ def test_config_is_read_without_weights(saved):
     path, cfg, _ = saved
     (path / "model.safetensors").unlink()
     assert io.load_config(path) == cfg
+
+
+def test_a_hub_id_brings_what_is_needed_and_no_more(saved, monkeypatch):
+    """The network is not there in tests: the download is replaced by one that filters like the real one."""
+    path, cfg, params = saved
+    hub = ["config.json", "model.safetensors", "original/model.safetensors", "tokenizer.json", "pytorch_model.bin"]
+    asked = []
+
+    def snapshot_download(repo, allow_patterns, ignore_patterns):
+        found = filter_repo_objects(hub, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        asked.append((repo, sorted(found)))
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    loaded = io.load_model("someone/small")
+    assert (loaded.name, loaded.cfg, loaded.tokenizer_path) == ("someone/small", cfg, "someone/small")
+    assert loaded.source == "someone/small, Hugging Face checkpoint in float32"
+    assert_same(loaded.params, params)
+    assert io.load_config("someone/small") == cfg
+    whole, light = asked
+    assert whole == ("someone/small", ["config.json", "model.safetensors", "tokenizer.json"])
+    assert light == ("someone/small", ["config.json", "tokenizer.json"])
 
 
 def test_fingerprint_follows_every_byte_and_nothing_else(tmp_path, saved):

@@ -1,21 +1,22 @@
 """linear_divergence: sums of pointwise divergence terms between two language-model heads, with gradient, in tiles.
 
-A divergence is one elementwise function, `Term.value(logp, logq, is_label)`; its value per row is the sum over the
-vocabulary and, with d = dterm/dlogq and c = sum_u d_u, its gradient on the student logits at temperature tau is
+A divergence is one elementwise function, `Term.value(pair)` of log p, log q, p, q; its value per row is the sum over
+the vocabulary and, with d = dterm/dlogq and c = sum_u d_u, its gradient on the student logits at temperature tau is
 (d_v - q_v c) / tau. Nothing else has to be written for a new one.
 """
 
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kdjax.kernels import _dispatch
 from kdjax.kernels.linear_divergence import reference, xla
-from kdjax.kernels.linear_divergence.api import Term
+from kdjax.kernels.linear_divergence.api import Pair, Term
 from kdjax.types import Head
 
-__all__ = ["IMPLEMENTATIONS", "Term", "linear_divergence"]
+__all__ = ["IMPLEMENTATIONS", "Pair", "Term", "linear_divergence"]
 
 IMPLEMENTATIONS = {"reference": reference.linear_divergence, "xla": xla.linear_divergence}
 
@@ -38,8 +39,8 @@ def linear_divergence(
     total = sum_n weight_n sum_m coefficient_m tau_m^2 value_mn, with tau_m = tau for tempered terms, else 1. Rows of
     weight 0 add nothing, whatever they hold. `values` are in nats, without tau^2 and coefficients, under stop-gradient.
     `total` is differentiable with respect to `hidden` and `head.weight` alone; the teacher never gets a gradient.
-    Teacher arguments may be None if no term reads the teacher. Raises ValueError if a term needs what is None or the two
-    heads disagree on `vocab_size`.
+    Teacher arguments may be None if no term reads the teacher. Raises ValueError if a term needs what is None or the
+    two heads disagree on `vocab_size`.
     """
     if any(term.teacher for term in terms) and (teacher_hidden is None or teacher_head is None):
         raise ValueError("teacher_hidden and teacher_head must be given, got None; a term compares with the teacher.")
@@ -53,4 +54,7 @@ def linear_divergence(
     chosen = _dispatch.choose(IMPLEMENTATIONS, implementation, "xla", "linear_divergence")
     scales = jnp.stack([jnp.asarray(c, jnp.float32) for c in coefficients])
     tau = jnp.asarray(tau, jnp.float32)
+    teacher_hidden, teacher_head, labels, weight, scales, tau = lax.stop_gradient(
+        (teacher_hidden, teacher_head, labels, weight, scales, tau)
+    )
     return chosen(hidden, head, teacher_hidden, teacher_head, labels, weight, tuple(terms), scales, tau)

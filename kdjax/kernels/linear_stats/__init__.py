@@ -3,6 +3,7 @@
 Needed by every signal and by evaluation. Under stop-gradient: selection and metrics are not trained through.
 """
 
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kdjax.kernels import _dispatch
@@ -20,7 +21,9 @@ def linear_stats(
     hidden: Float[Array, "N D"], head: Head, labels: Int[Array, "N"], *, implementation: str | None = None
 ) -> LinearStats:
     """Statistics of softmax(hidden @ head) per row, float32, nats, at temperature 1; no gradient."""
-    return _dispatch.choose(IMPLEMENTATIONS, implementation, "xla", "linear_stats")(hidden, head, labels)
+    chosen = _dispatch.choose(IMPLEMENTATIONS, implementation, "xla", "linear_stats")
+    # At the entrance, not only of the results: else differentiation around the call would carry tangents through it.
+    return chosen(*lax.stop_gradient((hidden, head)), labels)
 
 
 def linear_pair_stats(
@@ -34,7 +37,12 @@ def linear_pair_stats(
 ) -> PairStats:
     """`linear_stats` of student and teacher and the two KL divergences between them, in one pass; no gradient.
 
-    Both heads must have the same `vocab_size`; their weights may have different numbers of padding columns.
+    Both heads must have the same `vocab_size`, else ValueError; their weights may differ in padding columns.
     """
+    if teacher_head.vocab_size != head.vocab_size:
+        raise ValueError(
+            f"teacher_head.vocab_size must equal the student's {head.vocab_size}, got {teacher_head.vocab_size}; a sum "
+            "over the vocabulary needs one vocabulary. Set both to the number of ids that the tokenizer can emit."
+        )
     chosen = _dispatch.choose(PAIR_IMPLEMENTATIONS, implementation, "xla", "linear_pair_stats")
-    return chosen(hidden, head, teacher_hidden, teacher_head, labels)
+    return chosen(*lax.stop_gradient((hidden, head, teacher_hidden, teacher_head)), labels)

@@ -27,12 +27,22 @@ class Policy:
     init: Callable[[], Any] = lambda: ()
 
 
+def sortable(score: Float[Array, "B T"], eligible: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+    """Scores for `lax.top_k`, which orders bit patterns: -nan < -inf < ... < -0 < 0 < ... < inf < nan.
+
+    -0 ties with 0, only what is not eligible is at -inf, and NaN goes first: the loss is to show it.
+    """
+    score = jnp.where(score == 0, 0.0, score)
+    score = jnp.nan_to_num(score, nan=jnp.inf, posinf=jnp.inf, neginf=jnp.finfo(score.dtype).min)
+    return jnp.where(eligible, score, -jnp.inf)
+
+
 def budget(fraction: float, eligible: int) -> int:
     """max(1, ceil(fraction * eligible)), 0 of 0; the fraction is taken as the decimal it was written as.
 
     Float products round up too far for some budgets: 0.07 of 100 is 7, not 8.
     """
-    exact = fractions.Fraction(repr(fraction)) * eligible
+    exact = fractions.Fraction(repr(float(fraction))) * eligible
     return min(eligible, max(1, -(-exact.numerator // exact.denominator)))
 
 

@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from kdjax.config import Selection as SelectionConfig
-from kdjax.selection.policies.base import Policy, budget, budgets
+from kdjax.selection.policies.base import Policy, budget, budgets, sortable
 from kdjax.types import Selection
 
 
@@ -23,8 +23,7 @@ def top_fraction(config: SelectionConfig) -> Policy:
     def select(score: Float[Array, "B T"], eligible: Bool[Array, "B T"], state: tuple) -> tuple[Selection, tuple]:
         positions = score.shape[1]
         size = slots(positions)
-        ranked = jnp.where(eligible, score, -jnp.inf)
-        _, index = lax.top_k(ranked, size)  # equal scores: lower index first
+        _, index = lax.top_k(sortable(score, eligible), size)  # equal scores: lower index first
         count = jnp.sum(eligible, 1, dtype=jnp.int32)
         filled = jnp.arange(size)[None, :] < budgets(config.fraction, count, positions)[:, None]
         # Ascending positions with the empty slots last: gathers run forward, and slots are comparable between steps.
