@@ -31,8 +31,12 @@ class Checkpoints:
             rated = {"get_metric_fn": lambda metrics: metrics[BEST], "keep_checkpoints_without_metrics": False}
             kept.append(policies.BestN(**rated, n=config.keep_best))
         self.directory = workdir / "checkpoints"
+        context = ocp.Context()
+        context.checkpointables.registry = ocp.handlers.local_registry()
+        context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
         self._orbax: ocp.training.Checkpointer = ocp.training.Checkpointer(
             self.directory.absolute(),
+            context=context,
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
         )
@@ -60,13 +64,10 @@ class Checkpoints:
         if step in [c.step for c in self._orbax.checkpoints]:
             return
         self._require_space(step, state)
-        facts = {
-            "metrics": None if kl is None else {BEST: float(kl)},
-            "custom_metadata": {"config": identity},
-        }
+        parts = {"state": state, "data": data, "meta": {"config": identity}}
+        metrics = None if kl is None else {BEST: float(kl)}
         try:
-            parts = {"state": state, "data": data}
-            self._pending = self._orbax.save_checkpointables_async(step, parts, force=True, **facts)
+            self._pending = self._orbax.save_checkpointables_async(step, parts, force=True, metrics=metrics)
         except OSError as error:
             raise self._failed(step, error) from error
 
@@ -89,7 +90,7 @@ class Checkpoints:
         known = [c.step for c in self._orbax.checkpoints]
         if step not in known:
             raise ValueError(f"step must be one of the saved ones {known} in {self.directory}, got {step}.")
-        found = (self._orbax.checkpointables_metadata(step).custom_metadata or {}).get("config")
+        found = self._orbax.load_checkpointables(step, {"meta": None})["meta"]["config"]
         if found != identity:
             raise ValueError(
                 f"{self.directory} must hold checkpoints of this config and data ({identity}), got those of {found}. "

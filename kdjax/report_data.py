@@ -27,6 +27,7 @@ from kdjax.types import Params, TrainState
 
 FILE = "report_data.json"
 PROMPT_TOKENS = 24
+CORPORA = {"factbook": "the World Factbook (embedded)", "topics": "Python's help topics"}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 
@@ -107,9 +108,9 @@ def _summary(workdir: Path, built: Built) -> dict[str, Any]:
         "student": built.student_source,
         "student_layers": built.student_cfg.layers,
         "student_parameters": _size(built.student_params),
-        "data": f"{e.data.path}, {data.summary['train']['documents']} training documents",
+        "data": f"{CORPORA.get(e.data.path, e.data.path)}, {data.summary['train']['documents']} training documents",
         "selection": policies.get(e.selection.policy, e.selection.policy),
-        "loss": ", ".join(name.replace("_", " ") for name in built.parts.objective.terms),
+        "loss": " + ".join(name.replace("_", " ").replace(" kl", " KL") for name in built.parts.objective.terms),
         "steps": e.train.steps,
         "tokens": e.train.steps * e.train.batch_size * e.data.seq_len,
         "seed": e.train.seed,

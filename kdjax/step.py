@@ -113,7 +113,7 @@ def _update(parts, state, gradient, output, policy_state, finite_rows):
     """Divide once, update, and keep the old state if anything is not finite."""
     scale = jnp.where(output.count > 0, 1.0 / jnp.maximum(output.count, 1e-30), 0.0)
     gradient = jax.tree.map(lambda g: g * scale, gradient)
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     updates, opt_state = parts.optimiser.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     finite = jnp.isfinite(output.total) & jnp.isfinite(norm)

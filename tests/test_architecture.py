@@ -59,7 +59,7 @@ def repository() -> Sources:
     for folder, folders, files in os.walk(ROOT):
         here = pathlib.Path(folder)
         hidden = {name for name in folders if name.startswith(".") and name not in (".ci", ".github")}
-        made = {"runs", "build", "dist"} if here == ROOT else {"__pycache__"}
+        made = {"__pycache__"} | ({"runs", "build", "dist"} if here == ROOT else set())
         folders[:] = sorted(name for name in folders if name not in hidden | made and not name.endswith(".egg-info"))
         for name in files:
             try:

@@ -124,7 +124,7 @@ def _model(fields: Record, which: str) -> str:
 
 def _millions(parameters: int) -> str:
     unit, name = (1e9, "B") if parameters >= 1e9 else (1e6, "M")
-    return f"{number(parameters / unit)} {name} parameters" if parameters >= 1e5 else f"{parameters:,} parameters"
+    return f"{number(parameters / unit)} {name} parameters" if parameters >= 1e6 else f"{parameters:,} parameters"
 
 
 def _loss_chart(metrics: Sequence[Record]) -> str:

@@ -45,7 +45,9 @@ class Objective:
         if self.reduction == "sample":
             per_row = jnp.sum(slots, 1, keepdims=True)
             slots = jnp.where(per_row > 0, slots / jnp.maximum(per_row, 1e-30), 0.0)
-        count = jnp.sum(slots)
+            count = jnp.sum(per_row > 0, dtype=jnp.float32)
+        else:
+            count = jnp.sum(slots)
         weight = (slots * row_weight[:, None]).reshape(-1)
         rows = hidden.shape[0] * hidden.shape[1]
         total, values = linear_divergence(

@@ -86,7 +86,7 @@ def abstract_params(cfg: ModelConfig, rules: Rules = Rules(), dtype: Any = jnp.f
 
 
 def init_params(cfg: ModelConfig, key: Array, rules: Rules = Rules()) -> Params:
-    """Random float32 parameters, the same on every mesh."""
+    """Random float32 parameters, stored as `rules` says; the same on every mesh but for rounding."""
     return init(param_specs(cfg), key, rules)
 
 

@@ -31,6 +31,7 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors dtypes that are weights -> numpy's name
 IGNORED = ("rotary_emb.inv_freq",)  # buffers that old files carry; they follow from the config
+GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")  # of config.json, repeated in generation_config.json
 SHARD_BYTES = 4 * 2**30
 
 
@@ -215,11 +216,10 @@ def save_hf(
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     partial.mkdir(parents=True)
     try:
-        _write_json(partial / CONFIG, models.config_to_hf(cfg) | {"torch_dtype": dtype})
-        ids = {"bos_token_id": cfg.bos_id, "eos_token_id": list(cfg.eos_ids) or None, "pad_token_id": cfg.pad_id}
-        _write_json(
-            partial / "generation_config.json", {name: value for name, value in ids.items() if value is not None}
-        )
+        config = models.config_to_hf(cfg) | {"torch_dtype": dtype}
+        _write_json(partial / CONFIG, config)
+        ids = {name: config[name] for name in GENERATION if config.get(name) is not None}
+        _write_json(partial / "generation_config.json", ids)
         _write_weights(partial, cfg, params, np.dtype(jnp.dtype(dtype)), shard_bytes)
         if tokenizer is not None:
             _write_tokenizer(partial, tokenizer)

@@ -25,7 +25,8 @@ def project(x: Float[Array, "B T *inputs"], weight: Float[Array, "..."]) -> Floa
     b, t, *inputs = x.shape
     outputs = weight.shape[len(inputs) :]
     flat = x.reshape(b * t, -1)
-    return (flat @ weight.reshape(flat.shape[1], -1)).reshape(b, t, *outputs)
+    # Two reshapes: under a mesh the batch axis is split off alone, else its sharding would be ambiguous.
+    return (flat @ weight.reshape(flat.shape[1], -1)).reshape(b, t, -1).reshape(b, t, *outputs)
 
 
 def rms_norm(x: Float[Array, "*rows D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*rows D"]:
@@ -93,16 +94,16 @@ def attend(
     b, t, n, h = q.shape
     g, c = k.shape[2], k.shape[1]
     r = n // g
-    q = q.reshape(b, t, g, r, h).transpose(0, 2, 3, 1, 4).reshape(b * g, r * t, h)
-    k, v = (x.transpose(0, 2, 1, 3).reshape(b * g, c, h) for x in (k, v))
-    scores = jnp.einsum("xqh,xch->xqc", q, k, preferred_element_type=jnp.float32).reshape(b, g, r, t, c)
+    q = q.reshape(b, t, g, r, h).transpose(0, 2, 3, 1, 4).reshape(b, g, r * t, h)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("bgqh,bgch->bgqc", q, k, preferred_element_type=jnp.float32).reshape(b, g, r, t, c)
     scores = jnp.where(mask[:, None, None], scores, MASKED)
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True)))
-    total = jnp.sum(weights, -1).reshape(b * g, r * t, 1)
-    weights = weights.reshape(b * g, r * t, c).astype(v.dtype)
+    total = jnp.sum(weights, -1, keepdims=True)
+    weights = weights.reshape(b, g, r * t, c).astype(v.dtype)
+    mixed = jnp.einsum("bgqc,bgch->bgqh", weights, v, preferred_element_type=jnp.float32).reshape(b, g, r, t, h)
     # Divided after the product: H numbers a row instead of C.
-    mixed = jnp.einsum("xqc,xch->xqh", weights, v, preferred_element_type=jnp.float32) / total
-    return mixed.reshape(b, g, r, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h).astype(q.dtype)
+    return (mixed / total).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h).astype(q.dtype)
 
 
 def swiglu(gate: Float[Array, "B T F"], up: Float[Array, "B T F"]) -> Float[Array, "B T F"]:

@@ -115,14 +115,14 @@ def abstract(specs: Any, rules: Rules = Rules(), dtype: Any = jnp.float32) -> An
 
 
 def init(specs: Any, key: Array, rules: Rules = Rules()) -> Params:
-    """Random float32 parameters, stored as `rules` says. A draw depends on path and shape only, not on the mesh."""
+    """Random float32 parameters, stored as `rules` says. A draw depends on path and shape only, but for the last bit."""
 
     def draw(path: Any, spec: ParamSpec) -> Array:
-        sharding = rules.storage(spec.axes, spec.shape)
         if not spec.init.std:
-            return jnp.full(spec.shape, spec.init.mean, jnp.float32, device=sharding)
+            return jnp.full(spec.shape, spec.init.mean, jnp.float32)
         leaf_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
-        sample = jax.random.normal(leaf_key, spec.shape, jnp.float32, out_sharding=sharding)
-        return spec.init.mean + spec.init.std * sample
+        return spec.init.mean + spec.init.std * jax.random.normal(leaf_key, spec.shape, jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, specs)
+    shardings = jax.tree.map(lambda spec: rules.storage(spec.axes, spec.shape), specs)
+    # Under jit every device draws its own part only.
+    return jax.jit(lambda: jax.tree_util.tree_map_with_path(draw, specs), out_shardings=shardings)()

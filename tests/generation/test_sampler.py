@@ -29,24 +29,26 @@ CFG = models.ModelConfig(
 
 @pytest.fixture(scope="module")
 def params():
-    return models.init_params(CFG, jax.random.key(3))
+    rng = np.random.default_rng(3)
+
+    def draw(spec):
+        return jnp.asarray(spec.init.mean + spec.init.std * rng.normal(size=spec.shape), jnp.float32)
+
+    return jax.tree.map(draw, models.param_specs(CFG))
 
 
-def uncached(cfg, params, prompt, new_tokens):
-    """Whole-sequence forward passes, logits written out in float64 from the hidden states."""
-    width = len(prompt) + new_tokens
-    head = models.head(cfg, params)
-    weight = np.asarray(head.weight, np.float64)
-    weight = weight.T if head.vocab_major else weight
-    forward = jax.jit(lambda *inputs: models.hidden(cfg, params, *inputs))
-    tokens = list(prompt)
-    for _ in range(new_tokens):
-        padded = np.zeros((1, width), np.int32)
+forward = jax.jit(lambda params, *inputs: models.hidden(CFG, params, *inputs))
+
+
+def uncached(params, prompt):
+    """NEW whole-sequence forward passes, logits written out in float64 from the hidden states."""
+    embedding, tokens = np.asarray(params["embed"], np.float64), list(prompt)
+    for _ in range(NEW):
+        padded, at = np.zeros((1, 24), np.int32), np.arange(24, dtype=np.int32)[None]
         padded[0, : len(tokens)] = tokens
-        segments = (np.arange(width) < len(tokens)).astype(np.int32)[None]
-        hidden = forward(padded, segments, np.arange(width, dtype=np.int32)[None])
-        logits = np.asarray(hidden[0, len(tokens) - 1], np.float64) @ weight
-        tokens.append(int(logits[: head.vocab_size].argmax()))
+        hidden = forward(params, padded, (at < len(tokens)).astype(np.int32), at)
+        logits = embedding @ np.asarray(hidden[0, len(tokens) - 1], np.float64)  # the head is tied
+        tokens.append(int(logits.argmax()))
     return tokens[len(prompt) :]
 
 
@@ -60,7 +62,7 @@ PROMPTS = [[5, 9, 33, 2, 60, 11, 4], [17], [8, 8, 41, 3]]
 
 
 def test_equals_the_model_without_a_cache(params):
-    want = [uncached(CFG, params, prompt, NEW) for prompt in PROMPTS]
+    want = [uncached(params, prompt) for prompt in PROMPTS]
     assert len({tuple(row) for row in want}) == 3
     tokens, counts = greedy(CFG, params, *batch_of(PROMPTS, filler=0), new_tokens=NEW)
     np.testing.assert_array_equal(tokens, want)
@@ -127,7 +129,7 @@ def test_complete_texts_and_messages(params):
     prompts = ["hello", [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]]
     made = complete(CFG, params, LetterTokenizer(), prompts, NEW)
     for text, prompt in zip(made, ["hello", "abcz"], strict=True):
-        want = uncached(CFG, params, LetterTokenizer()(prompt)["input_ids"], NEW)
+        want = uncached(params, LetterTokenizer()(prompt)["input_ids"])
         want = want[: want.index(7)] if 7 in want else want
         assert text == letters(want)
     assert complete(CFG, params, LetterTokenizer(), [], NEW) == []

@@ -64,7 +64,7 @@ def _backward(terms: tuple[Term, ...], kept: Any, cotangents: Any) -> tuple[Arra
 _divergence.defvjp(_forward, _backward)
 
 
-def _zero_tangent(array: Array) -> Array:
+def _zero_tangent(array: Array) -> Any:
     inexact = jnp.issubdtype(array.dtype, jnp.inexact)
     return jnp.zeros_like(array) if inexact else jnp.zeros(array.shape, jax.dtypes.float0)
 

@@ -39,17 +39,18 @@ def linear_pair_stats(
 
     def tile(rows: tuple[Array, Array, Array]) -> PairStats:
         zq, zp = tile_logits(rows[0], head), tile_logits(rows[1], teacher_head)
-        student, q = _stats(zq, rows[2])
-        teacher, p = _stats(zp, rows[2])
-        # log p - log q, each shifted by its own normaliser before the difference: exact for huge logits.
-        gap = (zp - teacher.logz[:, None]) - (zq - student.logz[:, None])
+        student, logq, q = _stats(zq, rows[2])
+        teacher, logp, p = _stats(zp, rows[2])
+        gap = logp - logq
         return PairStats(student, teacher, kl=jnp.sum(p * gap, -1), reverse_kl=-jnp.sum(q * gap, -1))
 
     return _map_tiles(tile, (hidden, teacher_hidden, labels))
 
 
-def _stats(logits: Float[Array, "C V"], labels: Int[Array, "C"]) -> tuple[LinearStats, Float[Array, "C V"]]:
-    """The statistics of a tile, and its probabilities."""
+def _stats(
+    logits: Float[Array, "C V"], labels: Int[Array, "C"]
+) -> tuple[LinearStats, Float[Array, "C V"], Float[Array, "C V"]]:
+    """The statistics of a tile, its log-probabilities and its probabilities."""
     top = jnp.max(logits, -1, keepdims=True)
     shifted = logits - top
     exp = lax.optimization_barrier(jnp.exp(shifted))  # written once for all reductions, see tiles.tile_softmax
@@ -67,7 +68,8 @@ def _stats(logits: Float[Array, "C V"], labels: Int[Array, "C"]) -> tuple[Linear
         max_logp=-log_total,
         argmax=argmax,
     )
-    return stats, exp / total[:, None]
+    # Not logits - logz: at logits of 1e4 logz has lost its third decimal.
+    return stats, shifted - log_total[:, None], exp / total[:, None]
 
 
 def _map_tiles(tile: Callable[[Any], Any], rows: tuple[Array, ...]) -> Any:
