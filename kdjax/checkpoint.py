@@ -28,7 +28,8 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         kept: list[Any] = [policies.LatestN(n=config.keep)]
         if config.keep_best:
-            rated = {"get_metric_fn": lambda metrics: metrics[BEST], "keep_checkpoints_without_metrics": False}
+            # BestN keeps the largest.
+            rated = {"get_metric_fn": lambda metrics: -metrics[BEST], "keep_checkpoints_without_metrics": False}
             kept.append(policies.BestN(**rated, n=config.keep_best))
         self.directory = workdir / "checkpoints"
         context = ocp.Context()

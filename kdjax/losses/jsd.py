@@ -17,9 +17,10 @@ def jsd(config: Loss) -> Term:
     beta = config.beta
 
     def value(pair: Pair) -> Array:
-        # Only ratios: next to logp = -10 the last bits of log m would be all that is left of a small divergence.
+        # log(m / p) and log(m / q), never log m: next to log p = -10 a small divergence would be lost in the last bits.
         gap = pair.logq - pair.logp
-        log_m_over_p = jnp.logaddexp(math.log(beta), math.log1p(-beta) + gap)
-        return (1 - beta) * pair.q * (gap - log_m_over_p) - beta * pair.p * log_m_over_p
+        to_p = jnp.logaddexp(math.log(beta), math.log1p(-beta) + gap)
+        to_q = jnp.logaddexp(math.log(beta) - gap, math.log1p(-beta))
+        return -beta * pair.p * to_p - (1 - beta) * pair.q * to_q
 
     return Term(value)

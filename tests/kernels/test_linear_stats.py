@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax.kernels import linear_stats as op
 from kdjax.kernels.linear_stats import IMPLEMENTATIONS, PAIR_IMPLEMENTATIONS, linear_pair_stats, linear_stats
 from kdjax.types import Head
 from tests.kernels import oracle
@@ -164,14 +163,14 @@ def test_errors():
         linear_pair_stats(p.hidden, other, *rest)
 
 
-def test_the_default_is_in_the_table(monkeypatch):
-    """implementation=None is xla, not a copy of it."""
-    seen = []
-    monkeypatch.setitem(op.IMPLEMENTATIONS, "xla", lambda *rows: seen.append("one"))
-    monkeypatch.setitem(op.PAIR_IMPLEMENTATIONS, "xla", lambda *rows: seen.append("two"))
+def test_the_default_is_xla(monkeypatch):
+    def ran(*rows):
+        raise RuntimeError("xla ran")
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "xla", ran)
+    monkeypatch.setitem(PAIR_IMPLEMENTATIONS, "xla", ran)
     p = make_problem(SHAPES["tied"])
-    with jax.disable_jit():
-        for function, rest in ((linear_stats, ()), (linear_pair_stats, (p.teacher_hidden, p.teacher_head))):
-            unchecked = getattr(function, "__wrapped__", function)
-            unchecked(p.hidden, p.head, *rest, p.labels)
-    assert seen == ["one", "two"]
+    with pytest.raises(RuntimeError, match="xla ran"):
+        linear_stats(p.hidden, p.head, p.labels)
+    with pytest.raises(RuntimeError, match="xla ran"):
+        linear_pair_stats(p.hidden, p.head, p.teacher_hidden, p.teacher_head, p.labels)

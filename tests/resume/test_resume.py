@@ -80,9 +80,10 @@ def test_a_finished_run_is_not_trained_again(make_run):
     assert (run.workdir / "metrics.jsonl").read_text() == before
 
 
-def test_checkpoints_keep_the_newest_and_the_best(make_run):
+@pytest.mark.parametrize("rate", ["0.0004", "0.3"])  # improves to the end; diverges after a while
+def test_checkpoints_keep_the_newest_and_the_best(make_run, rate):
     run = make_run("run")
-    train_here(run, eval__every="4", checkpoint__keep="1")
+    train_here(run, eval__every="4", checkpoint__keep="1", optim__learning_rate=rate)
     evals = [json.loads(line) for line in (run.workdir / "evals.jsonl").read_text().splitlines()]
     rated = {line["step"]: line["kl"]["value"] for line in evals if line["step"] > 0}
     best = min(rated, key=rated.get)

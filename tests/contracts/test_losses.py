@@ -1,0 +1,340 @@
+"""What every entry of LOSSES must keep, found through the table: a new loss needs only its float64 formula here."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kdjax.config import Loss
+from kdjax.kernels.linear_divergence import Pair, linear_divergence
+from kdjax.losses import LOSSES
+from kdjax.sharding import make_rules
+from kdjax.types import Head
+from tests.kernels import oracle
+
+
+@dataclasses.dataclass(frozen=True)
+class Oracle:
+    """value(teacher logits, student logits, labels, config) -> [N] in float64; what the loss says of itself."""
+
+    value: Callable[[np.ndarray, np.ndarray, np.ndarray, Loss], np.ndarray]
+    teacher: bool = True
+    tempered: bool = True
+
+
+def jsd(p, q, y, c):
+    return c.beta * oracle.kl_to_mixture(p, q, c.beta) + (1 - c.beta) * oracle.kl_to_mixture(q, p, 1 - c.beta)
+
+
+def tvd(p, q, y, c):
+    return 0.5 * np.abs(np.exp(oracle.log_softmax(p)) - np.exp(oracle.log_softmax(q))).sum(-1)
+
+
+def cross_entropy(p, q, y, c):
+    return -oracle.log_softmax(q)[np.arange(len(q)), y]
+
+
+ORACLES = {
+    "forward_kl": Oracle(lambda p, q, y, c: oracle.kl(p, q)),
+    "reverse_kl": Oracle(lambda p, q, y, c: oracle.kl(q, p)),
+    "jsd": Oracle(jsd),
+    "skew_kl": Oracle(lambda p, q, y, c: oracle.kl_to_mixture(p, q, c.skew)),
+    "skew_reverse_kl": Oracle(lambda p, q, y, c: oracle.kl_to_mixture(q, p, c.skew)),
+    "tvd": Oracle(tvd),
+    "cross_entropy": Oracle(cross_entropy, teacher=False, tempered=False),
+}
+CONFIGS = [Loss(), Loss(beta=0.1, skew=0.0), Loss(beta=0.9, skew=0.6)]
+
+every_loss = pytest.mark.parametrize("name", LOSSES)
+every_config = pytest.mark.parametrize("config", CONFIGS, ids=["default", "low", "high"])
+
+
+def oracle_of(name):
+    if name not in ORACLES:
+        pytest.fail(f"the loss {name!r} has no oracle: add its float64 formula to ORACLES in {__file__}", pytrace=False)
+    return ORACLES[name]
+
+
+@functools.cache
+def term_of(name, config):
+    """One object per loss and config: programs are kept by it."""
+    return LOSSES[name](config)
+
+
+@functools.cache
+def differentiated(term):
+    def total(student, head, teacher, teacher_head, labels, weight, tau):
+        return linear_divergence(student, head, teacher, teacher_head, labels, weight, [term], [1.0], tau)
+
+    return jax.jit(jax.value_and_grad(total, has_aux=True))
+
+
+def evaluate(name, student, teacher, *, labels=None, weight=None, config=CONFIGS[0], tau=1.0):
+    """(total, values [N], d total / d student logits): the head is the identity, so that rows are their own logits."""
+    student, teacher = jnp.asarray(student, jnp.float32), jnp.asarray(teacher, jnp.float32)
+    n, v = student.shape
+    labels = jnp.zeros(n, jnp.int32) if labels is None else jnp.asarray(labels, jnp.int32)
+    weight = jnp.ones(n) if weight is None else jnp.asarray(weight, jnp.float32)
+    head, term = Head(jnp.eye(v), v), term_of(name, config)
+    sides = (teacher, head) if term.teacher else (None, None)
+
+    (total, values), gradient = differentiated(term)(student, head, *sides, labels, weight, tau)
+    return total, values[0], gradient
+
+
+def draw(rows=6, vocab=11, seed=0):
+    """(student logits, teacher logits, labels), rounded so that float32 holds them exactly."""
+    numbers = np.random.default_rng(seed)
+    student, teacher = (numbers.normal(size=(2, rows, vocab)) * 512).round() / 256
+    return student, teacher, numbers.integers(vocab, size=rows)
+
+
+def test_every_loss_has_an_oracle():
+    missing, gone = set(LOSSES) - set(ORACLES), set(ORACLES) - set(LOSSES)
+    assert not missing, f"add the float64 formulas of {sorted(missing)} to ORACLES"
+    assert not gone, f"remove {sorted(gone)} from ORACLES"
+
+
+@every_loss
+@every_config
+@pytest.mark.parametrize("tau", [1.0, 2.5])
+def test_oracle(name, config, tau):
+    """Value, and gradient by central differences of the float64 formula; tau^2 for what is tempered, 1 for the rest."""
+    want, (student, teacher, labels) = oracle_of(name), draw()
+    t = tau if want.tempered else 1.0
+
+    def value(logits):
+        return want.value(teacher / t, logits / t, labels, config)
+
+    weight = np.linspace(0.25, 1.5, 6)
+    total, values, gradient = evaluate(name, student, teacher, labels=labels, weight=weight, config=config, tau=tau)
+    np.testing.assert_allclose(values, value(student), rtol=1e-5)
+    np.testing.assert_allclose(total, t * t * (weight * value(student)).sum(), rtol=1e-5)
+    slope = t * t * weight[:, None] * oracle.slope(value, student)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-5)
+
+
+@every_loss
+def test_what_it_declares(name):
+    want, term = oracle_of(name), LOSSES[name](Loss())
+    assert (term.teacher, term.tempered) == (want.teacher, want.tempered)
+    if want.teacher:
+        with pytest.raises(ValueError, match="a term compares with the teacher"):
+            linear_divergence(
+                jnp.ones((1, 2)), Head(jnp.eye(2), 2), None, None, jnp.zeros(1, int), jnp.ones(1), [term], [1]
+            )
+
+
+@every_loss
+@every_config
+def test_gradient_sum(name, config):
+    """c = sum_v dterm / dlogq_v, where it is declared to be one number, is that number in every row."""
+    term, (student, teacher, labels) = LOSSES[name](config), draw(rows=20)
+    if term.gradient_sum is None:
+        return
+    logp, logq = (jnp.asarray(oracle.log_softmax(z), jnp.float32) for z in (teacher, student))
+    is_label = jnp.eye(logq.shape[1], dtype=bool)[labels]
+
+    def value(logq):
+        return term.value(Pair(logp, logq, jnp.exp(logp), jnp.exp(logq), is_label))
+
+    _, slope = jax.jvp(value, (logq,), (jnp.ones_like(logq),))
+    np.testing.assert_allclose(jnp.sum(slope, -1), term.gradient_sum, rtol=1e-5, atol=1e-6)
+
+
+@every_loss
+@every_config
+def test_zero_at_the_teacher(name, config):
+    """Value and gradient vanish where student and teacher agree, through real heads and over several tiles."""
+    if not LOSSES[name](config).teacher:
+        return
+    numbers = np.random.default_rng(5)
+    hidden = jnp.asarray(numbers.normal(size=(300, 16)), jnp.float32)
+    head = Head(jnp.asarray(numbers.normal(size=(500, 16)), jnp.float32), 497, vocab_major=True)
+    term = LOSSES[name](config)
+
+    def total(student_hidden, student_head):
+        rest = (jnp.zeros(300, jnp.int32), jnp.ones(300), [term], [1.0], 1.3)
+        return linear_divergence(student_hidden, student_head, hidden, head, *rest)
+
+    (value, values), gradients = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(hidden, head)
+    np.testing.assert_allclose(values, 0.0, atol=1e-6)
+    np.testing.assert_allclose(value / 300, 0.0, atol=1e-6)
+    for gradient in jax.tree.leaves(gradients):
+        np.testing.assert_allclose(gradient, 0.0, atol=2e-5)
+
+
+@every_loss
+@every_config
+def test_extreme_logits(name, config):
+    """Logits of +-1e4 and probabilities that underflow to 0 on one side or both: finite, and right."""
+    loud = np.array(
+        [
+            [1e4, -1e4, 0, 0],
+            [-1e4, 1e4, 1e4, -1e4],
+            [1e4, 1e4, 1e4, 1e4],
+            [-88, -90, 0, 104],
+            [0, 0, -1e4, 0],
+            [-104, 0, -87.5, -103],
+        ]
+    )
+    student, teacher = np.repeat(loud, len(loud), 0), np.tile(loud, (len(loud), 1))
+    labels = np.arange(len(student)) % 4
+    total, values, gradient = evaluate(name, student, teacher, labels=labels, config=config)
+    assert np.isfinite(total)
+    assert np.isfinite(gradient).all()
+
+    def value(logits):
+        return oracle_of(name).value(teacher, logits, labels, config)
+
+    np.testing.assert_allclose(values, value(student), rtol=1e-5, atol=1e-6)
+    if name != "tvd":  # its kinks are where p = q, as both are 0 here
+        error = np.abs(oracle.slope(value, student) - gradient)
+        assert (error < 1e-4 * np.maximum(1.0, np.abs(values))[:, None]).all()
+
+
+@every_loss
+def test_slots_are_exchangeable(name):
+    student, teacher, labels = draw()
+    weight, order = np.linspace(0.0, 1.0, 6), np.array([3, 0, 5, 1, 2, 4])
+    total, values, gradient = evaluate(name, student, teacher, labels=labels, weight=weight)
+    rows = (student[order], teacher[order])
+    moved = evaluate(name, *rows, labels=labels[order], weight=weight[order])
+    np.testing.assert_allclose(moved[0], total, rtol=1e-6)
+    np.testing.assert_allclose(moved[1], values[order], rtol=1e-6)
+    np.testing.assert_allclose(moved[2], gradient[order], rtol=1e-6, atol=1e-7)
+
+
+@every_loss
+def test_empty_selection(name):
+    """All slots empty: exactly 0, and so is the gradient."""
+    student, teacher, labels = draw()
+    total, _, gradient = evaluate(name, student, teacher, labels=labels, weight=np.zeros(6))
+    assert total == 0.0
+    assert not gradient.any()
+
+
+@every_loss
+@every_config
+def test_constants_on_the_logits(name, config):
+    """Softmax does not see them; those of the student and those of the teacher differ from row to row."""
+    student, teacher, labels = draw()
+    shifts = np.linspace(-20, 30, 6)[:, None]
+    plain = evaluate(name, student, teacher, labels=labels, config=config)
+    shifted = evaluate(name, student + shifts, teacher - 2 * shifts, labels=labels, config=config)
+    for got, want in zip(shifted, plain, strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(plain[2].sum(-1), 0.0, atol=2e-6)  # hence the gradient has no part along constants
+
+
+# paced 8, fixture F
+F_STUDENT, F_TEACHER = [[1, 0, -1, 0.5]], [[0.5, 1.5, -0.5, 0]]
+F_VALUES = [
+    ("forward_kl", Loss(), 0.437472),
+    ("reverse_kl", Loss(), 0.386548),
+    ("jsd", Loss(beta=0.1), 0.038182),
+    ("jsd", Loss(beta=0.5), 0.098516),
+    ("jsd", Loss(beta=0.9), 0.034726),
+    ("skew_kl", Loss(skew=0.1), 0.334183),
+    ("skew_reverse_kl", Loss(skew=0.1), 0.312412),
+    ("tvd", Loss(), 0.419133),
+]
+F_GRADIENTS = {
+    "forward_kl": [0.260894, -0.404887, -0.014246, 0.158240],
+    "reverse_kl": [0.195706, -0.276747, -0.037662, 0.118702],
+}
+# sekd 9
+TOY_STUDENT, TOY_TEACHER = [[0.5, 1.5, -0.5, 0, -1]], [[2.0, 1, 0, -1, -2]]
+TOY_VALUES = {"forward_kl": 0.4778198667, "reverse_kl": 0.4621568362, "jsd": 0.1118345454, "cross_entropy": 0.592459001}
+
+
+@pytest.mark.parametrize(("name", "config", "value"), F_VALUES)
+def test_paced_vector_6(name, config, value):
+    np.testing.assert_allclose(evaluate(name, F_STUDENT, F_TEACHER, config=config)[1], value, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", F_GRADIENTS)
+def test_paced_vector_6_gradients(name):
+    gradient = evaluate(name, F_STUDENT, F_TEACHER)[2]
+    np.testing.assert_allclose(gradient[0], F_GRADIENTS[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", TOY_VALUES)
+def test_sekd_vectors_1_and_3(name):
+    got = evaluate(name, TOY_STUDENT, TOY_TEACHER, labels=[1])[1]
+    np.testing.assert_allclose(got, TOY_VALUES[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.25, 3.0])
+def test_sekd_vector_2(tau):
+    """d KL / d logits = q - p; at any temperature d tau^2 KL / d logits = tau (q - p)."""
+    gradient = evaluate("forward_kl", TOY_STUDENT, TOY_TEACHER, tau=tau)[2]
+    q, p = (np.exp(oracle.log_softmax(np.array(z) / tau)) for z in (TOY_STUDENT, TOY_TEACHER))
+    np.testing.assert_allclose(gradient, tau * (q - p), rtol=1e-5, atol=1e-6)
+    if tau == 1.0:
+        np.testing.assert_allclose(gradient[0], [-0.432984, 0.318844, -0.011293, 0.091698, 0.033734], atol=1e-6)
+
+
+def test_jsd_limits():
+    """JSD / beta -> forward KL, JSD / (1 - beta) -> reverse KL (paced V6); symmetric at 1/2; at most ln 2."""
+    low = evaluate("jsd", F_STUDENT, F_TEACHER, config=Loss(beta=1e-4))[1] / 1e-4
+    high = evaluate("jsd", F_STUDENT, F_TEACHER, config=Loss(beta=1 - 1e-4))[1] / 1e-4
+    np.testing.assert_allclose(low, 0.437413, rtol=2e-3)  # float32 leaves 6e-8 / 1e-4
+    np.testing.assert_allclose(high, 0.386509, rtol=2e-3)
+    there, back = evaluate("jsd", F_STUDENT, F_TEACHER)[1], evaluate("jsd", F_TEACHER, F_STUDENT)[1]
+    np.testing.assert_allclose(there, back, rtol=1e-6)
+    apart = evaluate("jsd", [[1e4, 0]], [[0, 1e4]])[1]
+    np.testing.assert_allclose(apart, math.log(2), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "plain"), [("skew_kl", "forward_kl"), ("skew_reverse_kl", "reverse_kl")])
+def test_skew_0_is_the_plain_divergence(name, plain):
+    student, teacher, _ = draw()
+    skewed, straight = evaluate(name, student, teacher, config=Loss(skew=0.0)), evaluate(plain, student, teacher)
+    for got, want in zip(skewed, straight, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    almost = evaluate(name, student, teacher, config=Loss(skew=1e-9))
+    np.testing.assert_allclose(almost[1], straight[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("share", [1e-12, 1e-6, 0.5, 1 - 1e-6])
+@pytest.mark.parametrize("name", ["jsd", "skew_kl", "skew_reverse_kl"])
+def test_mixtures_at_the_ends(name, share):
+    """The smallest and largest shares that the config takes stay finite on disjoint distributions."""
+    _, values, gradient = evaluate(name, [[1e4, 0, -300]], [[0, 1e4, 300]], config=Loss(beta=share, skew=share))
+    assert np.isfinite(values).all()
+    assert np.isfinite(gradient).all()
+
+
+def test_eight_devices():
+    """All losses at once: totals and gradients of rows over 8 devices are those of one."""
+    rules, terms = make_rules("dp"), [factory(Loss()) for factory in LOSSES.values()]
+    numbers = np.random.default_rng(2)
+    hidden, teacher = (jnp.asarray(numbers.normal(size=(16, 6)), jnp.float32) for _ in range(2))
+    head, teacher_head = (Head(jnp.asarray(numbers.normal(size=(6, 9)), jnp.float32), 9) for _ in range(2))
+    labels = jnp.asarray(numbers.integers(9, size=16), jnp.int32)
+    weight = jnp.asarray(numbers.uniform(size=16), jnp.float32)
+    coefficients = [0.5 + 0.1 * at for at in range(len(terms))]
+
+    def total(hidden, head, teacher, teacher_head, labels, weight):
+        return linear_divergence(hidden, head, teacher, teacher_head, labels, weight, terms, coefficients, 1.5)[0]
+
+    row = rules.batch_spec
+    spread = rules.rowwise(
+        lambda *rows: rules.sum_over_batch(total(*rows)),
+        in_specs=(row(2), P(), row(2), P(), row(1), row(1)),
+        out_specs=P(),
+    )
+    rows = (hidden, head, teacher, teacher_head, labels, weight)
+    specs = (row(2), P(), row(2), P(), row(1), row(1))
+    placed = [jax.device_put(array, NamedSharding(rules.mesh, spec)) for array, spec in zip(rows, specs, strict=True)]
+    one, eight = jax.jit(jax.value_and_grad(total, (0, 1)))(*rows), jax.jit(jax.value_and_grad(spread, (0, 1)))(*placed)
+    for got, want in zip(jax.tree.leaves(eight), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
