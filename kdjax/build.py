@@ -23,7 +23,7 @@ from kdjax.schedules import make_schedule
 from kdjax.selection import POLICIES, SIGNALS
 from kdjax.sharding import Rules, make_rules
 from kdjax.step import LanguageModel, StepParts
-from kdjax.types import Params
+from kdjax.types import Array, Batch, Head, Params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,7 +97,9 @@ def build_objective(config: schema.Loss) -> Objective:
             terms[name] = term
             weights[name] = make_schedule(tuple(weight) if isinstance(weight, list) else weight, "loss.terms")
     if not terms:
-        raise ValueError(f"loss.terms must have a weight that is not 0, got {config.terms!r}; nothing would be learned.")
+        raise ValueError(
+            f"loss.terms must have a weight that is not 0, got {config.terms!r}; nothing would be learned."
+        )
     return Objective(terms, weights, make_schedule(config.tau, "loss.tau"), config.reduction)
 
 
@@ -107,7 +109,7 @@ def language_model(
     """One of our models as the step sees it, its head cut to the `vocab` columns that both sides have."""
     spec = models.param_specs(cfg)["embed" if cfg.tied else "head"]
 
-    def hidden(params, batch):
+    def hidden(params: Params, batch: Batch) -> Array:
         return models.hidden(
             cfg,
             params,
@@ -119,7 +121,7 @@ def language_model(
             remat=remat,
         )
 
-    def head(params):
+    def head(params: Params) -> Head:
         return dataclasses.replace(models.head(cfg, params, compute_dtype=compute_dtype), vocab_size=vocab)
 
     return LanguageModel(hidden, head, rules.storage_spec(spec.axes, spec.shape))
@@ -184,8 +186,8 @@ def _check_ids(data: LoadedData, student_cfg: ModelConfig, teacher: LoadedModel 
     for name, width in widths.items():
         if largest >= width:
             raise ValueError(
-                f"data.tokenizer must emit ids below the {name}'s vocabulary of {width}, got {largest}; the tokenizer is "
-                f"not that of the {name}. Set data.tokenizer or {name}.path."
+                f"data.tokenizer must emit ids below the {name}'s vocabulary of {width}, got {largest}; it is not the "
+                f"tokenizer of the {name}. Set data.tokenizer or {name}.path."
             )
 
 
@@ -193,6 +195,6 @@ def _check_rows(experiment: Experiment, rules: Rules) -> None:
     rows = experiment.train.batch_size // experiment.train.accumulate
     if rows % rules.batch_shards:
         raise ValueError(
-            f"train.batch_size / train.accumulate must be a multiple of the {rules.batch_shards} devices of the mesh, got "
+            f"train.batch_size / train.accumulate must be a multiple of the mesh's {rules.batch_shards} devices, got "
             f"{rows}; each device takes the same number of rows. Change train.batch_size or mesh.devices."
         )

@@ -1,7 +1,7 @@
 """Checkpoints of a run: state, data position and identity, saved asynchronously; the only importer of orbax.
 
-A step is written to a temporary folder and renamed when complete, so a kill at any moment leaves the previous checkpoint.
-Kept are the newest `keep` and the `keep_best` with the lowest held-out KL among the evaluated ones.
+A step is written to a temporary folder and renamed when complete, so a kill at any moment leaves the previous one.
+Kept are the newest `keep` and the `keep_best` of lowest held-out KL among the evaluated ones.
 """
 
 import shutil
@@ -14,7 +14,7 @@ import jax
 from kdjax.config import Checkpoint
 
 if TYPE_CHECKING:
-    from orbax.checkpoint import v1 as ocp
+    pass
 
 BEST = "kl"  # the metric that `keep_best` goes by; lower is better
 
@@ -87,10 +87,11 @@ class Checkpoints:
         Moves the iterator `data` to where it was. Raises ValueError if there is none, or it is of another config.
         """
         self.wait()
-        step = self.latest if step is None else step
+        wanted_step = self.latest if step is None else step
         known = [c.step for c in self._orbax.checkpoints]
-        if step not in known:
-            raise ValueError(f"step must be one of the saved ones {known} in {self.directory}, got {step}.")
+        if wanted_step is None or wanted_step not in known:
+            raise ValueError(f"step must be one of the saved ones {known} in {self.directory}, got {wanted_step}.")
+        step = wanted_step
         found = self._orbax.load_checkpointables(step, {"meta": None})["meta"]["config"]
         if found != identity:
             raise ValueError(
@@ -121,8 +122,8 @@ class Checkpoints:
     def _failed(self, step: int, error: Exception) -> OSError:
         good = "none is saved yet" if self.latest is None else f"the last good one is of step {self.latest}"
         return OSError(
-            f"the checkpoint of step {step} could not be written to {self.directory}: {error}; {good}. Free disk space or "
-            "lower checkpoint.keep, then run the same command again to go on from there."
+            f"the checkpoint of step {step} could not be written to {self.directory}: {error}; {good}. Free disk space "
+            "or lower checkpoint.keep, then run the same command again to go on from there."
         )
 
 
@@ -141,4 +142,3 @@ def config_difference(old: dict[str, Any], new: dict[str, Any], path: str = "") 
         elif left != right:
             found.append(f"{path}{key} is {left!r} there and {right!r} here")
     return found
-

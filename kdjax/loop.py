@@ -1,7 +1,7 @@
 """The run: the only place with per-step side effects. Data, checkpoints, log, evaluation, preemption.
 
-Order on start: config.json, models and data, then the newest checkpoint (state and data position) if there is one. A step
-is dispatched before the previous one's figures are fetched, so the device never waits for the host.
+Order on start: config.json, models and data, then the newest checkpoint (state and data position) if there is one.
+A step is dispatched before the previous one's figures are fetched, so the device never waits for the host.
 """
 
 import dataclasses
@@ -52,7 +52,8 @@ def claim_workdir(workdir: Path, experiment: Experiment) -> None:
         old = json.loads(path.read_text(encoding="utf-8"))
         new = json.loads(json.dumps(dataclasses.asdict(experiment)))
         free = ("name", "log", "eval", "checkpoint", "mesh")
-        differing = config_difference(*({k: v for k, v in c.items() if k not in free} for c in (old, new)))
+        kept = [{name: value for name, value in config.items() if name not in free} for config in (old, new)]
+        differing = config_difference(kept[0], kept[1])
         if differing and (workdir / "checkpoints").is_dir():
             raise ValueError(
                 f"--workdir must be empty or of the same config, got {str(workdir)!r}: {'; '.join(differing)}. "
@@ -238,12 +239,14 @@ def _require_finite(step: int, sums: dict[str, np.ndarray], report: StepReport, 
     if np.isfinite(sums["loss"][0]) and np.isfinite(sums["grad_norm"][0]):
         return
     local = [np.asarray(shard.data).reshape(-1) for shard in report.finite_rows.addressable_shards]
-    finite = np.asarray(report.finite_rows).reshape(-1) if report.finite_rows.is_fully_addressable else np.concatenate(local)
+    finite = (
+        np.asarray(report.finite_rows).reshape(-1) if report.finite_rows.is_fully_addressable else np.concatenate(local)
+    )
     rows = row_ids[~finite] if finite.size == row_ids.size and not finite.all() else row_ids
     raise NonFinite(
         f"step {step} must have a finite loss and gradient, got loss {sums['loss'][0]:g} and gradient norm "
-        f"{sums['grad_norm'][0]:g} from the rows {', '.join(map(str, rows.tolist()))} of the training data; nothing of this "
-        "step was kept and the last good checkpoint stands. Look at these rows, or lower optim.learning_rate."
+        f"{sums['grad_norm'][0]:g} from the rows {', '.join(map(str, rows.tolist()))} of the training data; nothing of "
+        "this step was kept and the last good checkpoint stands. Look at these rows, or lower optim.learning_rate."
     )
 
 
@@ -264,5 +267,3 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-

@@ -66,12 +66,13 @@ def _complete(built: Built, cfg: Any, params: Params, prompts: list[str]) -> lis
 
 def _prompts(built: Built) -> list[str]:
     """Beginnings of held-out documents."""
-    rows, wanted, found = built.data.heldout, built.experiment.eval.completions, []
+    rows, wanted = built.data.heldout, built.experiment.eval.completions
+    found: list[str] = []
     for tokens, segments, positions in zip(rows.tokens, rows.segment_ids, rows.positions, strict=True):
         for segment in range(1, int(segments.max()) + 1):
             part = tokens[segments == segment][:PROMPT_TOKENS]
             if len(found) < wanted and part.size == PROMPT_TOKENS and positions[segments == segment][0] == 0:
-                found.append(built.tokenizer.decode(part.tolist()))
+                found.append(str(built.tokenizer.decode(part.tolist())))
                 break
     return found
 
@@ -83,9 +84,9 @@ def _text_page(built: Built, state: TrainState) -> dict[str, Any]:
     arrays = jax.device_get(
         page(state.params, built.teacher_params, to_batch(columns, built.rules), state.policy_state, state.key)
     )
-    names = ("entropy", "nll", "eligible", "selected")
     length = int(np.sum(columns["segment_ids"][0] > 0))
-    text = entropy_page(columns["tokens"][0], *(arrays[name][0] for name in names), built.tokenizer, length=length)
+    row = {name: array[0] for name, array in arrays.items()}
+    text = entropy_page(columns["tokens"][0], tokenizer=built.tokenizer, length=length, **row)
     return {"text": text, "text_note": "The first held-out row, as the trained student sees it."}
 
 
@@ -98,10 +99,11 @@ def _summary(workdir: Path, built: Built) -> dict[str, Any]:
             "teacher_layers": built.teacher.cfg.layers,
             "teacher_parameters": _size(built.teacher.params),
         }
+    signal = e.selection.signal.replace("_", " ")
     policies = {
         "all": "all positions",
         "random_fraction": f"a random {e.selection.fraction:.0%} of the positions",
-        "top_fraction": f"the {e.selection.fraction:.0%} of positions with the highest {e.selection.signal.replace('_', ' ')}",
+        "top_fraction": f"the {e.selection.fraction:.0%} of positions with the highest {signal}",
     }
     summary = {
         **teacher,

@@ -1,8 +1,8 @@
 """Meshes, logical axes and what each preset does with them.
 
 Every array is declared with logical axes ("embed", "heads", "vocab", "batch", ...). A preset says on which mesh axis
-each of them is *stored*. Computation follows one rule in all presets so far: weights are gathered where they are used (per
-layer, inside the scan), activations are split along the batch. Meshes have Explicit axes: shardings are part of the
+each of them is *stored*. Computation follows one rule in all presets so far: weights are gathered where they are used
+(per layer, inside the scan), activations are split along the batch. Meshes have Explicit axes: shardings are part of the
 types, so a missing or doubtful one is an error at trace time and not a silent copy.
 """
 
@@ -82,7 +82,7 @@ class Rules:
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def gather_head(self, head: Head, spec: P) -> Head:
-        """Inside `rowwise`: the whole head from the part that this device stores; its gradient is reduce-scattered back."""
+        """Inside `rowwise`: the whole head from this device's part of it; its gradient is reduce-scattered back."""
         for axis, name in enumerate(spec):
             if name is not None:
                 head = dataclasses.replace(head, weight=jax.lax.all_gather(head.weight, name, axis=axis, tiled=True))

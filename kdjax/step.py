@@ -1,7 +1,7 @@
 """The train step: a pure function (state, teacher_params, batch) -> (state, report).
 
-student hidden -> statistics in one vocabulary pass without gradient -> signal -> policy -> gather slots -> targets at the
-slots -> loss at the slots -> optax. Sums and counts are added over micro-batches and devices and divided once, so
+student hidden -> statistics in one vocabulary pass without gradient -> signal -> policy -> gather slots -> targets at
+the slots -> loss at the slots -> optax. Sums and counts are added over micro-batches and devices and divided once, so
 accumulation, packing, uneven rows and data parallelism do not change the objective.
 
 Trunks run on batch-sharded arrays. Everything behind them is local to a row and runs in one `shard_map` over the batch:
@@ -9,6 +9,7 @@ selection and kernels see plain arrays, the head is gathered once, only sums lea
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,9 +26,12 @@ from kdjax.schedules import Schedule
 from kdjax.selection.policies import Policy
 from kdjax.selection.signals import Signal, position_noise
 from kdjax.selection.stats import token_stats
-from kdjax.sharding import DATA, Rules
+from kdjax.sharding import Rules
 from kdjax.teacher import live_targets
 from kdjax.types import Array, Batch, Head, LossOutput, Metrics, Params, Selection, TrainState, gather_slots, targets_of
+
+Side = tuple[Array, Head]  # hidden [B, T, D] and the head
+Supervised = tuple[LossOutput, Any, Array]  # loss, policy state, finite rows [B]
 
 POSITIONS = 1  # purpose of the noise: which positions are drawn
 
@@ -62,7 +66,7 @@ class StepParts:
 
 @flax.struct.dataclass
 class StepReport:
-    """metrics: name -> (sum, count). finite_rows: bool [A, B], False where a row's hidden states or loss are not finite."""
+    """metrics: name -> (sum, count). finite_rows: bool [A, B], False where a row's hidden states are not finite."""
 
     metrics: Metrics
     finite_rows: Array
@@ -82,34 +86,38 @@ def make_train_step(parts: StepParts) -> Callable[[TrainState, Params, Batch], t
     """
     supervise = make_supervise(parts)
 
-    def micro(params: Params, teacher_params: Params, batch: Batch, state: TrainState, policy_state: Any):
-        def total(params: Params):
-            output, policy, finite = supervise(params, teacher_params, batch, policy_state, state.key, state.step)
-            return output.total, (output, policy, finite)
+    def micro(state: TrainState, policy_state: Any, teacher_params: Params, batch: Batch) -> tuple[Params, Supervised]:
+        def total(params: Params) -> tuple[Array, Supervised]:
+            supervised = supervise(params, teacher_params, batch, policy_state, state.key, state.step)
+            return supervised[0].total, supervised
 
-        (_, aux), gradient = jax.value_and_grad(total, has_aux=True)(params)
-        return gradient, *aux
+        (_, supervised), gradient = jax.value_and_grad(total, has_aux=True)(state.params)
+        return gradient, supervised
 
     def train_step(state: TrainState, teacher_params: Params, batch: Batch) -> tuple[TrainState, StepReport]:
-        first = micro(state.params, teacher_params, jax.tree.map(lambda a: a[0], batch), state, state.policy_state)
-        gradient, output, policy_state, finite = first
+        first = jax.tree.map(lambda a: a[0], batch)
+        gradient, (output, policy_state, finite) = micro(state, state.policy_state, teacher_params, first)
         finite_rows = finite[None]
         if parts.accumulate > 1:
 
-            def add(carry, batch):
-                gradient, output, policy_state = carry
-                part, more, policy_state, finite = micro(state.params, teacher_params, batch, state, policy_state)
-                return (*jax.tree.map(jnp.add, (gradient, output), (part, more)), policy_state), finite
+            def add(
+                carry: tuple[Params, LossOutput, Any], batch: Batch
+            ) -> tuple[tuple[Params, LossOutput, Any], Array]:
+                gradient, (output, policy_state, finite) = micro(state, carry[2], teacher_params, batch)
+                return (*jax.tree.map(jnp.add, carry[:2], (gradient, output)), policy_state), finite
 
             rest = jax.tree.map(lambda a: a[1:], batch)
             (gradient, output, policy_state), finite = lax.scan(add, (gradient, output, policy_state), rest)
             finite_rows = jnp.concatenate([finite_rows, finite])
-        return _update(parts, state, gradient, output, policy_state, finite_rows)
+        new, metrics = _update(parts, state, gradient, output, policy_state)
+        return new, StepReport(metrics=metrics, finite_rows=finite_rows)
 
     return train_step
 
 
-def _update(parts, state, gradient, output, policy_state, finite_rows):
+def _update(
+    parts: StepParts, state: TrainState, gradient: Params, output: LossOutput, policy_state: Any
+) -> tuple[TrainState, Metrics]:
     """Divide once, update, and keep the old state if anything is not finite."""
     scale = jnp.where(output.count > 0, 1.0 / jnp.maximum(output.count, 1e-30), 0.0)
     gradient = jax.tree.map(lambda g: g * scale, gradient)
@@ -117,11 +125,8 @@ def _update(parts, state, gradient, output, policy_state, finite_rows):
     updates, opt_state = parts.optimiser.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     finite = jnp.isfinite(output.total) & jnp.isfinite(norm)
-    kept = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (params, opt_state, policy_state),
-        (state.params, state.opt_state, state.policy_state),
-    )
+    new = TrainState(step=state.step, params=params, opt_state=opt_state, policy_state=policy_state, key=state.key)
+    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     one = jnp.ones((), jnp.float32)
     metrics = {
         **output.metrics,
@@ -129,66 +134,76 @@ def _update(parts, state, gradient, output, policy_state, finite_rows):
         "grad_norm": (norm, one),
         "learning_rate": (jnp.asarray(parts.learning_rate(state.step), jnp.float32), one),
     }
-    return TrainState(state.step + 1, *kept, state.key), StepReport(metrics, finite_rows)
+    return dataclasses.replace(kept, step=state.step + 1), metrics
 
 
-def make_supervise(parts: StepParts) -> Callable[..., tuple[LossOutput, Any, Array]]:
-    """(params, teacher_params, batch [B, ...], policy_state, key, step) -> (LossOutput, policy state, finite rows [B])."""
-    rules, needs_teacher = parts.rules, _needs_teacher(parts)
-    if needs_teacher and parts.teacher is None:
+def make_supervise(parts: StepParts) -> Callable[[Params, Params, Batch, Any, Array, Array], Supervised]:
+    """(params, teacher_params, batch [B, ...], policy_state, key, step) -> (loss, policy state, finite rows [B]).
+
+    Differentiable in `params`; the loss is a sum over the rows of all devices. Raises ValueError if there is no teacher
+    but the loss or the signal needs one.
+    """
+    rules = parts.rules
+    teacher_model = parts.teacher if _needs_teacher(parts) else None
+    if _needs_teacher(parts) and teacher_model is None:
         raise ValueError("teacher.path must be set, got ''; the loss or the signal compares with a teacher. Name one.")
 
-    def supervise(params, teacher_params, batch, policy_state, key, step):
-        hidden, head = parts.student.hidden(params, batch), parts.student.head(params)
-        teacher = None
-        if needs_teacher:
-            teacher = lax.stop_gradient(
-                (parts.teacher.hidden(teacher_params, batch), parts.teacher.head(teacher_params))
-            )
-        local = _local(parts, (hidden, head), teacher, batch, policy_state, key, step)
-        return local
-
-    def _local(parts, student, teacher, batch, policy_state, key, step):
+    def supervise(
+        params: Params, teacher_params: Params, batch: Batch, policy_state: Any, key: Array, step: Array
+    ) -> Supervised:
+        student = parts.student.hidden(params, batch), parts.student.head(params)
         row = rules.batch_spec
-        spec = (row(3), parts.student.head_spec)
-        teacher_spec = None if teacher is None else (row(3), parts.teacher.head_spec)
+        specs: list[Any] = [(row(3), parts.student.head_spec), None]
+        teacher = None
+        if teacher_model is not None:
+            teacher = lax.stop_gradient(
+                (teacher_model.hidden(teacher_params, batch), teacher_model.head(teacher_params))
+            )
+            specs[1] = (row(3), teacher_model.head_spec)
         batch_spec = jax.tree.map(lambda a: row(a.ndim), batch)
-        function = rules.rowwise(
-            lambda *arguments: _supervise_rows(parts, *arguments),
-            in_specs=(spec, teacher_spec, batch_spec, P(), P(), P()),
+        local = rules.rowwise(
+            functools.partial(_supervise_rows, parts),
+            in_specs=(*specs, batch_spec, P(), P(), P()),
             out_specs=(P(), P(), row(1)),
         )
-        return function(student, teacher, batch, policy_state, key, step)
+        supervised: Supervised = local(student, teacher, batch, policy_state, key, step)
+        return supervised
 
     return supervise
 
 
-def _supervise_rows(parts, student, teacher, batch, policy_state, key, step):
-    """Behind the trunks, for the rows of one device; sums over all devices come out."""
+def _supervise_rows(
+    parts: StepParts, student: Side, teacher: Side | None, batch: Batch, policy_state: Any, key: Array, step: Array
+) -> Supervised:
+    """Behind the trunks, for the rows of one device; the sums over all devices come out."""
     rules = parts.rules
     hidden, head = student[0], rules.gather_head(student[1], parts.student.head_spec)
-    if teacher is not None:
+    if teacher is not None and parts.teacher is not None:
         teacher = (teacher[0], rules.gather_head(teacher[1], parts.teacher.head_spec))
     labels, eligible = targets_of(batch)
     score, measured = _score(parts, (hidden, head), teacher, batch, labels, eligible, key)
     selection, policy_state = parts.policy.select(score, eligible, policy_state)
-    targets = live_targets(*teacher, selection.index) if parts.objective.needs_teacher else None
-    slots = gather_slots(hidden, selection.index)
-    output = parts.objective(slots, head, targets, gather_slots(labels, selection.index), selection, batch.weight, step)
+    targets = None
+    if teacher is not None and parts.objective.needs_teacher:
+        targets = live_targets(teacher[0], teacher[1], selection.index)
+    slots, slot_labels = gather_slots(hidden, selection.index), gather_slots(labels, selection.index)
+    output = parts.objective(slots, head, targets, slot_labels, selection, batch.weight, step)
     metrics = {**output.metrics, **measured, "selected_fraction": _selected_fraction(selection, eligible)}
     output = rules.sum_over_batch(dataclasses.replace(output, metrics=metrics))
     return output, policy_state, jnp.isfinite(jnp.sum(hidden.astype(jnp.float32), (1, 2)))
 
 
-def _score(parts, student, teacher, batch, labels, eligible, key):
+def _score(
+    parts: StepParts, student: Side, teacher: Side | None, batch: Batch, labels: Array, eligible: Array, key: Array
+) -> tuple[Array, Metrics]:
     """The signal's score per position (zeros if nothing reads it), and the statistics worth logging."""
+    zeros = jnp.zeros(labels.shape, jnp.float32)
     if not parts.policy.uses_signal or parts.signal is None:
-        return jnp.zeros(labels.shape, jnp.float32), {}
+        return zeros, {}
     stats = token_stats(parts.signal.needs, student, teacher, labels)
-    noise = position_noise(key, batch, POSITIONS) if parts.signal.noisy else jnp.zeros(labels.shape, jnp.float32)
+    noise = position_noise(key, batch, POSITIONS) if parts.signal.noisy else zeros
     score = lax.stop_gradient(parts.signal.score(stats, noise))
-    measured = {name: metric.mean(getattr(stats, name), eligible) for name in parts.signal.needs}
-    return score, measured
+    return score, {name: metric.mean(getattr(stats, name), eligible) for name in parts.signal.needs}
 
 
 def _selected_fraction(selection: Selection, eligible: Array) -> tuple[Array, Array]:

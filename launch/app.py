@@ -1,4 +1,4 @@
-"""What every script shares: flags, a clear one-line error for bad input, and no slow import before the flags are read."""
+"""What every script shares: flags, one clear line for bad input, no slow import before the flags are read."""
 
 import sys
 from collections.abc import Callable

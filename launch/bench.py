@@ -1,59 +1,70 @@
-"""How fast a step is against what the machine can do: python -m launch.bench [--config=configs/bench.py] [--rounds=5]
+"""How fast a step is against what the machine can do: python -m launch.bench [--rounds=5] [--fraction=0.2]
 
-Times one dense KD step and its parts (teacher trunk, student trunk, head and loss, optimiser) and, in turn with them, a plain
-float32 matrix product of the same process. Prints for each the median time, its model FLOPs and the median over rounds of
-its rate divided by the product's: shared machines drift, ratios within a round do not. Model FLOPs count multiply and add,
-matrix products only, attention's lower triangle only, nothing recomputed. Weights are random: speed does not depend on them.
+Times one KD step at SmolLM2's shapes and its parts (teacher trunk, student trunk, heads and loss, optimiser) and, in turn
+with them, a plain float32 matrix product of the same process: that of the head, the largest product of the step. Prints
+for each the median time, its model FLOPs and the median over rounds of its rate divided by the product's: shared machines
+drift, ratios within a round do not. Model FLOPs are those of the matrix products, a multiply and an add each, attention's
+lower triangle only, nothing recomputed. Weights are random: the speed does not depend on them.
 """
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from launch import app
 
+if TYPE_CHECKING:
+    from kdjax.models import ModelConfig
+    from kdjax.step import StepParts
+    from kdjax.types import Batch
+
 flags.DEFINE_integer("rounds", 5, "How often everything is timed.")
 flags.DEFINE_integer("batch", 4, "Rows.")
 flags.DEFINE_integer("seq_len", 256, "Tokens a row.")
 flags.DEFINE_integer("student_layers", 6, "Of the 135M-parameter teacher's 30.")
-flags.DEFINE_float("fraction", 1.0, "Selected positions by student entropy; 1 = dense.")
+flags.DEFINE_float("fraction", 1.0, "Share of positions, by student entropy; 1 = dense.")
 
-WIDTH, MLP, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS = 576, 1536, 9, 3, 64, 49152, 30
+PRODUCT, STEP = "plain product", "whole step"
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled call and its model FLOPs."""
+
+    run: Callable[[], Any]
+    flops: float
 
 
 def main() -> None:
-    """Build at SmolLM2's shapes, time in turn, print."""
+    """Build, time in turn, print."""
     import jax
 
-    options = flags.FLAGS
-    parts = _programs(options.batch, options.seq_len, options.student_layers, options.fraction)
-    for run, _ in parts.values():
-        jax.block_until_ready(run())
-    names = list(parts)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(options.rounds):
-        for name in names:
+    programs = _programs()
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    for program in programs.values():
+        jax.block_until_ready(program.run())
+    for _ in range(flags.FLAGS.rounds):
+        for name, program in programs.items():
             start = time.perf_counter()
-            jax.block_until_ready(parts[name][0]())
+            jax.block_until_ready(program.run())
             times[name].append(time.perf_counter() - start)
-    print(f"{jax.devices()[0].device_kind}; B={options.batch} T={options.seq_len}, student {options.student_layers} layers")
+    print(f"{jax.devices()[0].device_kind}, {flags.FLAGS.batch} rows of {flags.FLAGS.seq_len} tokens, float32")
     print(f"{'':44}{'ms':>9}{'GFLOP':>9}{'GFLOP/s':>10}{'of the product':>16}")
-    for name in names:
-        flops = parts[name][1]
-        rate = [flops / t for t in times[name]]
-        product = [parts[names[0]][1] / t for t in times[names[0]]]
-        ratio = statistics.median(r / p for r, p in zip(rate, product, strict=True))
-        figures = f"{flops / 1e9:9.1f}{statistics.median(rate) / 1e9:10.1f}{ratio:16.2f}" if flops else ""
-        print(f"{name:44}{1e3 * statistics.median(times[name]):9.1f}{figures}")
-    tokens = options.batch * options.seq_len
-    print(f"whole step: {tokens / statistics.median(times[names[-1]]):,.0f} tokens/s")
+    product = [programs[PRODUCT].flops / t for t in times[PRODUCT]]
+    for name, program in programs.items():
+        rates = [program.flops / t for t in times[name]]
+        ratio = statistics.median(rate / best for rate, best in zip(rates, product, strict=True))
+        figures = f"{program.flops / 1e9:9.1f}{statistics.median(rates) / 1e9:10.1f}{ratio:16.2f}"
+        print(f"{name:44}{1e3 * statistics.median(times[name]):9.1f}{figures if program.flops else ''}")
+    print(f"{flags.FLAGS.batch * flags.FLAGS.seq_len / statistics.median(times[STEP]):,.0f} tokens/s")
 
 
-def _programs(batch: int, seq_len: int, layers: int, fraction: float) -> dict[str, tuple[Callable[[], Any], float]]:
-    """name -> (call, model FLOPs); the plain product first, the whole step last."""
+def _programs() -> dict[str, Program]:
+    """The plain product, the parts of the step, the whole step."""
     import jax
     import jax.numpy as jnp
 
@@ -63,90 +74,103 @@ def _programs(batch: int, seq_len: int, layers: int, fraction: float) -> dict[st
     from kdjax.models import ModelConfig
     from kdjax.sharding import Rules
     from kdjax.step import init_state, make_train_step
-    from kdjax.types import Batch
 
-    config = default_config()
-    config.selection.policy = "all" if fraction == 1.0 else "top_fraction"
-    config.selection.fraction = fraction
-    config.train.batch_size = batch
-    teacher = ModelConfig("llama", VOCAB, WIDTH, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP, 1e5, norm_eps=1e-5, tied=True)
-    student = ModelConfig("llama", VOCAB, WIDTH, layers, HEADS, KV_HEADS, HEAD_DIM, MLP, 1e5, norm_eps=1e-5, tied=True)
+    options, config = flags.FLAGS, default_config()
+    config.selection.policy = "all" if options.fraction == 1.0 else "top_fraction"
+    config.selection.fraction = options.fraction
+    config.train.batch_size = options.batch
+    teacher = ModelConfig("llama", 49152, 576, 30, 9, 3, 64, 1536, rope_theta=1e5, norm_eps=1e-5, tied=True)
+    student = dataclasses.replace(teacher, layers=options.student_layers)
     parts = build_parts(from_config_dict(config), student, teacher, Rules())
     teacher_params, params = (models.init_params(cfg, jax.random.key(0)) for cfg in (teacher, student))
-    shape = (batch, seq_len)
-    one = Batch(
-        tokens=jax.random.randint(jax.random.key(1), shape, 0, VOCAB),
-        segment_ids=jnp.ones(shape, jnp.int32),
-        positions=jnp.broadcast_to(jnp.arange(seq_len, dtype=jnp.int32)[None], shape),
-        loss_mask=jnp.ones(shape, bool),
-        row_id=jnp.arange(batch, dtype=jnp.int32),
-        epoch=jnp.zeros(batch, jnp.int32),
-        weight=jnp.ones(batch, jnp.float32),
-    )
-    return _timed(parts, student, teacher, params, teacher_params, one, init_state, make_train_step)
+    batch = _batch(options.batch, options.seq_len, teacher.vocab_size)
+    programs, total = _parts(parts, student, teacher, params, teacher_params, batch)
+    state = [init_state(parts, jax.tree.map(jnp.copy, params), 0)]
+    step = jax.jit(make_train_step(parts), donate_argnums=0)
+    micro = jax.tree.map(lambda a: a[None], batch)
+
+    def whole() -> Any:
+        state[0], report = step(state[0], teacher_params, micro)
+        return report
+
+    return programs | {STEP: Program(whole, total)}
 
 
-def _timed(parts, student, teacher, params, teacher_params, one, init_state, make_train_step):
+def _parts(
+    parts: "StepParts", student: "ModelConfig", teacher: "ModelConfig", params: Any, teacher_params: Any, batch: "Batch"
+) -> tuple[dict[str, Program], float]:
+    """The product and the parts, and the FLOPs of the whole step."""
     import jax
     import jax.numpy as jnp
     import optax
 
     from kdjax.kernels.linear_divergence import linear_divergence
+    from kdjax.selection import token_stats
 
-    rows = one.tokens.size
-    kept = rows if not parts.policy.uses_signal else one.tokens.shape[0] * parts.policy.slots(one.tokens.shape[1])
-    head = 2.0 * rows * WIDTH * VOCAB
-    hidden = jax.jit(parts.student.hidden)(params, one)
-    teacher_hidden = jax.jit(parts.teacher.hidden)(teacher_params, one)
-    flat, teacher_flat = (h.reshape(rows, -1)[:kept] for h in (hidden, teacher_hidden))
-    left, right = jnp.ones((rows, WIDTH)), jnp.ones((VOCAB, WIDTH))
-    product = jax.jit(lambda a, b: a @ b.T)
+    tokens, slots = batch.tokens.size, batch.tokens.shape[0] * parts.policy.slots(batch.tokens.shape[1])
+    head = 2.0 * tokens * student.width * student.vocab_size
+    if parts.teacher is None:
+        raise ValueError("parts must have a teacher.")
+    teacher_trunk, student_trunk = jax.jit(parts.teacher.hidden), jax.jit(parts.student.hidden)
+    hidden, teacher_hidden = student_trunk(params, batch), teacher_trunk(teacher_params, batch)
 
-    def loss(student_side, teacher_side):
-        (x, p), (y, t) = student_side, teacher_side
-        labels, weight = jnp.zeros(x.shape[0], jnp.int32), jnp.ones(x.shape[0], jnp.float32)
+    def loss(student_side: Any, teacher_side: Any) -> Any:
+        x, y = (side[0].reshape(tokens, -1)[:slots] for side in (student_side, teacher_side))
+        heads = parts.student.head(student_side[1]), parts.teacher.head(teacher_side[1])  # type: ignore[union-attr]
+        labels, weight = jnp.zeros(slots, jnp.int32), jnp.ones(slots, jnp.float32)
         terms = list(parts.objective.terms.values())
-        return linear_divergence(x, parts.student.head(p), y, parts.teacher.head(t), labels, weight, terms, [1.0])[0]
+        return linear_divergence(x, heads[0], y, heads[1], labels, weight, terms, [1.0])[0]
 
-    trunk = jax.jit(jax.grad(lambda p, c: jnp.sum(parts.student.hidden(p, one) * c)))
-    loss_gradient = jax.jit(jax.grad(loss))
-    state = jax.jit(lambda p: init_state(parts, p, 0))(params)
+    def update(gradient: Any, opt_state: Any, params: Any) -> Any:
+        updates, opt_state = parts.optimiser.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
 
-    def update(p, opt, gradient):
-        updates, opt = parts.optimiser.update(gradient, opt, p)
-        return optax.apply_updates(p, updates), opt
-
-    update = jax.jit(update)
-    step = jax.jit(make_train_step(parts), donate_argnums=0)
-    stacked = jax.tree.map(lambda a: a[None], one)
-    running = [jax.tree.map(jnp.copy, state)]
-
-    def whole():
-        running[0], report = step(running[0], teacher_params, stacked)
-        return report
-
-    teacher_flops, student_flops = (_trunk_flops(cfg, one.tokens.shape) for cfg in (teacher, student))
-    selecting = head if parts.policy.uses_signal else 0.0
-    sides = (flat, params), (teacher_flat, teacher_params)
-    return {
-        f"plain product [{rows}, {WIDTH}] x [{WIDTH}, {VOCAB}]": (lambda: product(left, right), head),
-        f"teacher trunk, {teacher.layers} layers": (
-            lambda: jax.jit(parts.teacher.hidden)(teacher_params, one),
-            teacher_flops,
+    backward = jax.jit(jax.grad(lambda p, batch, c: jnp.sum(parts.student.hidden(p, batch) * c)))
+    gradient, updated = jax.jit(jax.grad(loss)), jax.jit(update)
+    signal = jax.jit(lambda h, p: token_stats(("student_entropy",), (h, parts.student.head(p)), None, batch.tokens))
+    plain = jax.jit(lambda a, b: a @ b.T)
+    opt_state = parts.optimiser.init(params)
+    flops = _trunk_flops(teacher, batch.tokens.shape), 3 * _trunk_flops(student, batch.tokens.shape)
+    programs = {
+        PRODUCT: Program(lambda: plain(hidden.reshape(tokens, -1), params["embed"]), head),
+        f"teacher trunk, {teacher.layers} layers": Program(lambda: teacher_trunk(teacher_params, batch), flops[0]),
+        f"student trunk, {student.layers} layers, with gradient": Program(
+            lambda: backward(params, batch, hidden), flops[1]
         ),
-        f"student trunk, {student.layers} layers, with gradient": (lambda: trunk(params, hidden), 3 * student_flops),
-        f"heads and loss at {kept} slots, with gradient": (lambda: loss_gradient(*sides), 4 * head * kept / rows),
-        "optimiser": (lambda: update(params, state.opt_state, params), 0.0),
-        "whole step": (whole, teacher_flops + 3 * student_flops + 4 * head * kept / rows + selecting),
+        f"heads and loss at {slots} slots, with gradient": Program(
+            lambda: gradient((hidden, params), (teacher_hidden, teacher_params)), 4 * head * slots / tokens
+        ),
+        "optimiser": Program(lambda: updated(params, opt_state, params), 0.0),
     }
+    if parts.policy.uses_signal:
+        programs["student entropy at all positions"] = Program(lambda: signal(hidden, params), head)
+    return programs, sum(program.flops for name, program in programs.items() if name != PRODUCT)
 
 
-def _trunk_flops(cfg: Any, shape: tuple[int, int]) -> float:
-    batch, seq_len = shape
+def _batch(rows: int, length: int, vocab: int) -> "Batch":
+    import jax
+    import jax.numpy as jnp
+
+    from kdjax.types import Batch
+
+    shape = (rows, length)
+    return Batch(
+        tokens=jax.random.randint(jax.random.key(1), shape, 0, vocab),
+        segment_ids=jnp.ones(shape, jnp.int32),
+        positions=jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], shape),
+        loss_mask=jnp.ones(shape, bool),
+        row_id=jnp.arange(rows, dtype=jnp.int32),
+        epoch=jnp.zeros(rows, jnp.int32),
+        weight=jnp.ones(rows, jnp.float32),
+    )
+
+
+def _trunk_flops(cfg: "ModelConfig", shape: tuple[int, ...]) -> float:
+    """Of a forward pass over `shape` = (rows, tokens a row)."""
+    rows, length = shape
     projections = cfg.width * cfg.head_dim * (2 * cfg.heads + 2 * cfg.kv_heads)
-    matrices = projections + 3 * cfg.width * cfg.mlp
-    attention = 2 * cfg.heads * cfg.head_dim * (seq_len + 1) / 2  # scores and values, lower triangle
-    return 2.0 * cfg.layers * batch * seq_len * (matrices + attention)
+    attention = 2 * cfg.heads * cfg.head_dim * (length + 1) / 2  # scores and mixing
+    return 2.0 * cfg.layers * rows * length * (projections + 3 * cfg.width * cfg.mlp + attention)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Held-out figures of teacher, student before and student after: python -m launch.evaluate --workdir=runs/mine
 
---step takes another checkpoint than the newest ("best": the lowest held-out KL); --rows another number of held-out rows.
+--step: another checkpoint than the newest ("best": the lowest held-out KL); --rows: another number of held-out rows.
 """
 
 import dataclasses

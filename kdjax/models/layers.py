@@ -97,13 +97,9 @@ def attend(
     q = q.reshape(b, t, g, r, h).transpose(0, 2, 3, 1, 4).reshape(b, g, r * t, h)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     scores = jnp.einsum("bgqh,bgch->bgqc", q, k, preferred_element_type=jnp.float32).reshape(b, g, r, t, c)
-    scores = jnp.where(mask[:, None, None], scores, MASKED)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True)))
-    total = jnp.sum(weights, -1, keepdims=True)
-    weights = weights.reshape(b, g, r * t, c).astype(v.dtype)
-    mixed = jnp.einsum("bgqc,bgch->bgqh", weights, v, preferred_element_type=jnp.float32).reshape(b, g, r, t, h)
-    # Divided after the product: H numbers a row instead of C.
-    return (mixed / total).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h).astype(q.dtype)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), -1).astype(v.dtype)
+    mixed = jnp.einsum("bgqc,bgch->bgqh", weights.reshape(b, g, r * t, c), v, preferred_element_type=jnp.float32)
+    return mixed.reshape(b, g, r, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h).astype(q.dtype)
 
 
 def swiglu(gate: Float[Array, "B T F"], up: Float[Array, "B T F"]) -> Float[Array, "B T F"]:

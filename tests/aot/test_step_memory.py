@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+
 from kdjax import models
 from kdjax.build import build_parts
 from kdjax.config import default_config, from_config_dict

@@ -33,12 +33,24 @@ class Run:
     def command(self, **overrides: str) -> list[str]:
         values = OVERRIDES | {"data.path": str(self.text)} | {k.replace("__", "."): v for k, v in overrides.items()}
         flags = [f"--config.{name}={value}" for name, value in values.items()]
-        return [sys.executable, "-m", "launch.train", f"--config={ROOT}/configs/quickstart.py", f"--workdir={self.workdir}", *flags]
+        return [
+            sys.executable,
+            "-m",
+            "launch.train",
+            f"--config={ROOT}/configs/quickstart.py",
+            f"--workdir={self.workdir}",
+            *flags,
+        ]
 
     def start(self, **overrides: str) -> subprocess.Popen[str]:
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
         return subprocess.Popen(
-            self.command(**overrides), cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            self.command(**overrides),
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
 
     def experiment(self, **overrides: str):
@@ -62,7 +74,10 @@ class Run:
 @pytest.fixture
 def text(tmp_path) -> Path:
     path = tmp_path / "text.jsonl"
-    lines = [f'{{"text": "{i} bottles of beer on the wall, {i} bottles; take {i % 7} down and pass them around."}}' for i in range(60)]
+    lines = [
+        f'{{"text": "{i} bottles of beer on the wall, {i} bottles; take {i % 7} down and pass them around."}}'
+        for i in range(60)
+    ]
     path.write_text("\n".join(lines))
     return path
 

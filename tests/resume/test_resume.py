@@ -96,9 +96,14 @@ def test_checkpoints_keep_the_newest_and_the_best(make_run, rate):
 def test_another_config_is_refused_and_says_what_differs(make_run):
     run = make_run("run")
     train_here(run)
-    with pytest.raises(ValueError, match=r"--workdir must be empty or of the same config.*optim.learning_rate is 0.0004 there and 0.1 here"):
+    with pytest.raises(
+        ValueError,
+        match=r"--workdir must be empty or of the same config.*optim.learning_rate is 0.0004 there and 0.1 here",
+    ):
         loop.claim_workdir(run.workdir, run.experiment(train__steps=STEPS, optim__learning_rate="0.1"))
-    loop.claim_workdir(run.workdir, run.experiment(train__steps=STEPS, checkpoint__every="3"))  # not part of the trajectory
+    loop.claim_workdir(
+        run.workdir, run.experiment(train__steps=STEPS, checkpoint__every="3")
+    )  # not part of the trajectory
 
 
 def test_other_data_under_the_same_path_is_refused(make_run):
@@ -119,7 +124,9 @@ def test_a_non_finite_loss_stops_names_the_step_and_keeps_the_last_good_checkpoi
         return batch if len(calls) != 7 else batch.replace(weight=batch.weight.at[0, 2].set(np.inf))
 
     monkeypatch.setattr(loop, "place", poisoned)
-    with pytest.raises(loop.NonFinite, match=r"step 7 must have a finite loss.*rows .* of the training data.*last good checkpoint"):
+    with pytest.raises(
+        loop.NonFinite, match=r"step 7 must have a finite loss.*rows .* of the training data.*last good checkpoint"
+    ):
         train_here(run)
     monkeypatch.undo()
     with Checkpoints(run.workdir, run.experiment().checkpoint) as checkpoints:
@@ -136,7 +143,10 @@ def test_a_full_disk_is_said_before_anything_is_written(make_run, monkeypatch):
         return usage(path)._replace(free=1000) if len(calls) > 2 else usage(path)
 
     monkeypatch.setattr(shutil, "disk_usage", full)
-    with pytest.raises(OSError, match=r"the checkpoint of step 6 could not be written to .* MiB are free; the last good one is of step 4"):
+    with pytest.raises(
+        OSError,
+        match=r"the checkpoint of step 6 could not be written to .* MiB are free; the last good one is of step 4",
+    ):
         train_here(run)
     monkeypatch.undo()
     assert train_here(run).step == int(STEPS)

@@ -89,7 +89,9 @@ class Bench:
 def bench():
     """bench(rules=..., student=..., teacher=..., **config overrides) -> Bench."""
 
-    def make(rules: Rules = Rules(), student: ModelConfig = STUDENT, teacher: ModelConfig = TEACHER, **overrides) -> Bench:
+    def make(
+        rules: Rules = Rules(), student: ModelConfig = STUDENT, teacher: ModelConfig = TEACHER, **overrides
+    ) -> Bench:
         parts = build_parts(experiment(**overrides), student, teacher, rules)
         params, teacher_params = (
             models.init_params(dataclasses.replace(cfg, initializer_range=0.3), jax.random.key(seed), rules)

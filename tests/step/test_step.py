@@ -134,7 +134,9 @@ def test_a_non_finite_step_keeps_the_old_state_and_names_the_rows(bench, batch, 
     assert not np.isfinite(loss_of(reports[0]))
     assert np.flatnonzero(~np.asarray(reports[0].finite_rows[0])).tolist() == [2]
     fresh = made.state()
-    for kept, was in zip(jax.tree.leaves((state.params, state.opt_state)), jax.tree.leaves((fresh.params, fresh.opt_state)), strict=True):
+    for kept, was in zip(
+        jax.tree.leaves((state.params, state.opt_state)), jax.tree.leaves((fresh.params, fresh.opt_state)), strict=True
+    ):
         np.testing.assert_array_equal(kept, was)
 
 
