@@ -5,7 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
-QUICKSTART ?= launch.train --config=configs/quickstart.py --workdir=runs/quickstart
+QUICKSTART ?= launch.train --config=configs/quickstart.py
+QUICKSTART_DIR ?= runs/quickstart
 
 PY := $(VENV)/bin/python
 STAMPS := $(VENV)/stamps
@@ -49,7 +50,9 @@ install: $(STAMPS)/core
 dev: $(STAMPS)/dev
 
 quickstart: install
-	@$(PY) -m $(QUICKSTART)
+	@$(PY) -m $(QUICKSTART) --workdir=$(QUICKSTART_DIR)
+	@test -d $(QUICKSTART_DIR)/student \
+	  || $(PY) -m launch.export_hf --workdir=$(QUICKSTART_DIR) --out=$(QUICKSTART_DIR)/student
 
 lint: dev
 	@$(PY) -m ruff check .

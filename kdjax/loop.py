@@ -113,7 +113,7 @@ def fresh_state(built: Built) -> TrainState:
 def restore(built: Built, workdir: Path, step: str = "") -> tuple[TrainState, int]:
     """(state, step) of a checkpoint: a step number, 'best' or '' for the newest. ValueError if it is not there."""
     with Checkpoints(workdir, built.experiment.checkpoint) as checkpoints:
-        which = {"": checkpoints.latest, "best": checkpoints.best}.get(step, int(step) if step.isdigit() else -1)
+        which = {"": checkpoints.latest, "best": checkpoints.best}.get(step, int(step) if step.isdecimal() else None)
         if which is None:
             raise ValueError(f"--step must name a checkpoint, got {step!r}; {checkpoints.directory} has none such yet.")
         return checkpoints.restore(abstract_like(fresh_state(built)), None, run_identity(built), which)

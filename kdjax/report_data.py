@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,12 +69,12 @@ def _prompts(built: Built) -> list[str]:
     """Beginnings of held-out documents."""
     rows, wanted = built.data.heldout, built.experiment.eval.completions
     found: list[str] = []
-    for tokens, segments, positions in zip(rows.tokens, rows.segment_ids, rows.positions, strict=True):
-        for segment in range(1, int(segments.max()) + 1):
+    for tokens, segments, begins in zip(rows.tokens, rows.segment_ids, rows.begins, strict=True):
+        last = int(segments.max())
+        for segment in range(last - int(begins) + 1, last + 1):  # the others go on from the row before
             part = tokens[segments == segment][:PROMPT_TOKENS]
-            if len(found) < wanted and part.size == PROMPT_TOKENS and positions[segments == segment][0] == 0:
+            if len(found) < wanted and part.size == PROMPT_TOKENS:
                 found.append(str(built.tokenizer.decode(part.tolist())))
-                break
     return found
 
 
@@ -125,7 +126,7 @@ def _summary(workdir: Path, built: Built) -> dict[str, Any]:
     } | ({} if built.teacher is None else {"teacher": built.teacher.fingerprint[:16]})
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     versions |= {"kdjax": kdjax.__version__, "python": platform.python_version()}
-    command = " ".join(["python -m", _module(), *sys.argv[1:]])
+    command = shlex.join(["python", "-m", _module(), *sys.argv[1:]])
     return {"summary": summary, "versions": versions, "fingerprints": prints, "command": command}
 
 

@@ -1,10 +1,10 @@
 """How fast a step is against what the machine can do: python -m launch.bench [--rounds=5] [--fraction=0.2]
 
-Times one KD step at SmolLM2's shapes and its parts (teacher trunk, student trunk, heads and loss, optimiser) and, in turn
-with them, a plain float32 matrix product of the same process: that of the head, the largest product of the step. Prints
-for each the median time, its model FLOPs and the median over rounds of its rate divided by the product's: shared machines
-drift, ratios within a round do not. Model FLOPs are those of the matrix products, a multiply and an add each, attention's
-lower triangle only, nothing recomputed. Weights are random: the speed does not depend on them.
+Times one KD step at SmolLM2's shapes, its parts (teacher trunk, student trunk, heads and loss, optimiser) and, in turn
+with them, a plain float32 matrix product of the same process: that of the head, the largest product of the step.
+Prints for each the median time, its model FLOPs and the median over rounds of its rate divided by the product's: shared
+machines drift, ratios within a round do not. Model FLOPs are those of the matrix products, a multiply and an add each,
+attention's lower triangle only, nothing recomputed. Weights are random: the speed does not depend on them.
 """
 
 import dataclasses

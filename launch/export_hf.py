@@ -12,12 +12,14 @@ from launch import app
 flags.DEFINE_string("workdir", None, "The directory of a run.")
 flags.DEFINE_string("out", None, "The directory to write; must not exist or be empty.")
 flags.DEFINE_string("step", "", "Which checkpoint: a step, 'best', or '' for the newest.")
-flags.DEFINE_string("dtype", "float32", "float32, bfloat16 or float16.")
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Of the weights in the files.")
 
 
 def main() -> None:
     """Workdir -> build -> checkpoint -> Hugging Face directory."""
     workdir, out = Path(app.require("workdir")), Path(app.require("out"))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):  # before anything slow is loaded
+        raise ValueError(f"--out must be a new or empty directory, got {str(out)!r}, which has content. Set another.")
 
     from kdjax import loop
     from kdjax.build import build, load_experiment

@@ -62,7 +62,7 @@ def family_of(cfg: ModelConfig) -> Family:
 
 def config_from_hf(config: dict[str, Any]) -> ModelConfig:
     """The ModelConfig of a `config.json` dictionary, by its model_type."""
-    return registry.lookup(FAMILIES, config.get("model_type", ""), "config.json model_type").config_from_hf(config)
+    return registry.lookup(FAMILIES, config.get("model_type") or "", "config.json model_type").config_from_hf(config)
 
 
 def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:

@@ -195,7 +195,9 @@ def hidden_cached(
 
 def _embed(params: Params, tokens: Array, rules: Rules, dtype: Any) -> Array:
     # Rows are cast after the look-up, so that their gradients are added up in the dtype of the table.
-    return rules.gather(params["embed"]).at[tokens].get(out_sharding=rules.batch(3)).astype(dtype)
+    table = rules.gather(params["embed"])
+    rows = table.at[tokens].get(mode="fill", wrap_negative_indices=False, out_sharding=rules.batch(3))
+    return rows.astype(dtype)
 
 
 def _at_use(stored: Params, rules: Rules, dtype: Any) -> Params:

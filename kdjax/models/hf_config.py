@@ -9,6 +9,7 @@ from typing import Any
 from kdjax.models.params import ModelConfig, RopeScaling
 
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+MAX_POSITIONS = 2048  # what transformers assumes for a llama that does not say
 
 
 def refuse(config: dict[str, Any], name: str, allowed: tuple, why: str) -> None:
@@ -52,7 +53,7 @@ def read_config(config: dict[str, Any], family: str, head_dim: int | None = None
             "rope_scaling": scaling,
             "norm_eps": float(config.get("rms_norm_eps") or 1e-6),
             "tied": bool(config.get("tie_word_embeddings", False)),
-            "max_positions": config.get("max_position_embeddings") or 2048,
+            "max_positions": config.get("max_position_embeddings") or MAX_POSITIONS,
             "initializer_range": float(config.get("initializer_range", 0.02)),
             "bos_id": config.get("bos_token_id"),
             "eos_ids": _ids(config.get("eos_token_id")),
@@ -122,15 +123,23 @@ def _rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     if kind == "default":
         return theta, None
     if kind == "linear":
-        return theta, RopeScaling("linear", float(found["factor"]))
+        return theta, RopeScaling("linear", _factor(found, "factor"))
     if kind == "llama3":
-        original = found.get("original_max_position_embeddings") or config["max_position_embeddings"]
-        low, high = float(found["low_freq_factor"]), float(found["high_freq_factor"])
-        return theta, RopeScaling("llama3", float(found["factor"]), low, high, int(original))
+        factor, low, high = (_factor(found, name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+        original = (
+            found.get("original_max_position_embeddings") or config.get("max_position_embeddings") or MAX_POSITIONS
+        )
+        return theta, RopeScaling("llama3", factor, low, high, int(original))
     raise ValueError(
         f"config.json rope_type must be 'default', 'linear' or 'llama3', got {kind!r}; it is not implemented. "
         "Use another model."
     )
+
+
+def _factor(found: dict[str, Any], name: str) -> float:
+    if found.get(name) is None:
+        raise ValueError(f"config.json rope_scaling must have {name!r}, got {found!r}; its rope_type needs it.")
+    return float(found[name])
 
 
 def _rope_dict(scaling: RopeScaling | None) -> dict[str, Any] | None:

@@ -115,14 +115,17 @@ def abstract(specs: Any, rules: Rules = Rules(), dtype: Any = jnp.float32) -> An
 
 
 def init(specs: Any, key: Array, rules: Rules = Rules()) -> Params:
-    """Random float32 parameters, stored as `rules` says. A draw depends on path and shape only, but for the last bit."""
+    """Random float32 parameters, stored as `rules` says. Draws depend on path and shape only, but for rounding."""
 
-    def draw(path: Any, spec: ParamSpec) -> Array:
-        if not spec.init.std:
-            return jnp.full(spec.shape, spec.init.mean, jnp.float32)
+    def one(path: Any, spec: ParamSpec) -> Array:
         leaf_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
-        return spec.init.mean + spec.init.std * jax.random.normal(leaf_key, spec.shape, jnp.float32)
+        # The sharding belongs to the program, so that every device draws its own part only.
+        return jax.jit(_draw, static_argnums=1, out_shardings=rules.storage(spec.axes, spec.shape))(leaf_key, spec)
 
-    shardings = jax.tree.map(lambda spec: rules.storage(spec.axes, spec.shape), specs)
-    # Under jit every device draws its own part only.
-    return jax.jit(lambda: jax.tree_util.tree_map_with_path(draw, specs), out_shardings=shardings)()
+    return jax.tree_util.tree_map_with_path(one, specs)
+
+
+def _draw(key: Array, spec: ParamSpec) -> Array:
+    if not spec.init.std:
+        return jnp.full(spec.shape, spec.init.mean, jnp.float32)
+    return spec.init.mean + spec.init.std * jax.random.normal(key, spec.shape, jnp.float32)

@@ -40,6 +40,12 @@ PRE_TOKENIZERS = {
 }
 
 
+def has_tokenizer(path: str | Path, *, where: str = "data.tokenizer") -> bool:
+    """Whether a model path (see fetch.locate) comes with a tokenizer; a Hugging Face directory may lack it."""
+    found = fetch.locate(path, weights=False, where=where)
+    return found.kind != "hf" or any((found.path / name).is_file() for name in TOKENIZER_FILES)
+
+
 def load_tokenizer(path: str | Path, *, where: str = "data.tokenizer") -> PreTrainedTokenizerBase:
     """The tokenizer of a model path (see fetch.locate). Raises ValueError that names the path if it has none."""
     found = fetch.locate(path, weights=False, where=where)
@@ -47,7 +53,7 @@ def load_tokenizer(path: str | Path, *, where: str = "data.tokenizer") -> PreTra
         return synthetic.make_tokenizer()
     if found.kind == "gguf":
         return from_gguf(gguf_io.open_gguf(found.path))
-    if not any((found.path / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(path, where=where):
         raise ValueError(
             f"{where} must be a model with a tokenizer, got {str(path)!r}, which holds none of "
             f"{', '.join(TOKENIZER_FILES)}. Set data.tokenizer to a directory that does."
@@ -188,13 +194,19 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def check_same_tokenizer(
-    teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, teacher_vocab: int, student_vocab: int
+    teacher: PreTrainedTokenizerBase,
+    student: PreTrainedTokenizerBase,
+    teacher_vocab: int,
+    student_vocab: int,
+    names: tuple[str, str] = ("teacher", "student"),
 ) -> None:
     """Every id that the teacher's tokenizer (which cuts the data) can emit means the same token to both models.
 
     teacher_vocab, student_vocab: rows of the embeddings; they may differ, the surplus rows are padding. Tokens that
     only the student's tokenizer has do not matter. ValueError names up to five tokens that differ, with both ids.
+    names: what the messages call the two, ("data", "teacher") if data.tokenizer cuts the data.
     """
+    first, second = names
     student_ids, rows = token_ids(student), min(teacher_vocab, student_vocab)
     emitted = sorted(emit_ids(teacher).items(), key=lambda item: item[1])
     differ = [(token, index, student_ids.get(token)) for token, index in emitted if student_ids.get(token) != index]
@@ -203,15 +215,17 @@ def check_same_tokenizer(
             f"{token!r} ({index} and {other if other is not None else 'absent'})" for token, index, other in differ[:5]
         )
         rest = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+        family = f"Set a {second} of the {first}'s family."
+        advice = f"Set data.tokenizer to that of the {second}." if first == "data" else family
         raise ValueError(
-            f"student.path must have the teacher's tokenizer, got another: {shown}{rest} (ids of teacher and student); "
-            "a distribution over ids can be matched only if they mean the same. Set a student of the teacher's family."
+            f"{second}.path must have the {first}'s tokenizer, got another: {shown}{rest} (ids of {first} and {second});"
+            f" a distribution over ids can be matched only if they mean the same. {advice}"
         )
     beyond = [(token, index) for token, index in emitted if index >= rows]
     if beyond:
         shown = ", ".join(f"{token!r} ({index})" for token, index in beyond[:5])
         rest = f" and {len(beyond) - 5} more" if len(beyond) > 5 else ""
         raise ValueError(
-            f"teacher and student must have an embedding row for each token, got {teacher_vocab} and {student_vocab} "
+            f"{first} and {second} must have an embedding row for each token, got {teacher_vocab} and {student_vocab} "
             f"rows: none for {shown}{rest}. Set a teacher and a student whose vocab_size covers the tokenizer."
         )
