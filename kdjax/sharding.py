@@ -1,9 +1,9 @@
 """Meshes, logical axes and what each preset does with them.
 
-Every array is declared with logical axes ("embed", "heads", "vocab", ...). A preset says on which mesh axis each of them
-is *stored*. Computation follows one rule in all presets so far: weights are gathered where they are used (per layer,
-inside the scan), activations are split along the batch. Meshes have Explicit axes: shardings are part of the types, so a
-missing or doubtful one is an error at trace time and not a silent copy.
+Every array is declared with logical axes ("embed", "heads", "vocab", ...). A preset says on which mesh axis each of
+them is *stored*. Computation follows one rule in all presets so far: weights are gathered where they are used (per
+layer, inside the scan), activations are split along the batch. Meshes have Explicit axes: shardings are part of the
+types, so a missing or doubtful one is an error at trace time and not a silent copy.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 OFFLINE_HINT = (
     "Check the network, or run with --config.teacher.path=synthetic (random weights, to check the pipeline only)"
 )
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")  # no ./here
 HUB_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]  # config and tokenizer
 HUB_WEIGHTS = ["*.safetensors"]
 HUB_OTHER = ["*/*", "consolidated*"]  # the same weights again in other layouts

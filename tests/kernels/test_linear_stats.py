@@ -37,12 +37,18 @@ def compare(stats, logits, labels, tolerance=1e-5):
 def test_against_the_oracle(implementation, name):
     p = make_problem(SHAPES[name])
     logits, teacher_logits = p.oracle.logits(p.hidden), p.teacher_oracle.logits(p.teacher_hidden)
-    compare(program(implementation)(p.hidden, p.head, p.labels), logits, p.labels)
     pair = program(implementation, True)(p.hidden, p.head, p.teacher_hidden, p.teacher_head, p.labels)
     compare(pair.student, logits, p.labels)
     compare(pair.teacher, teacher_logits, p.labels)
     np.testing.assert_allclose(pair.kl, oracle.kl(teacher_logits, logits), rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(pair.reverse_kl, oracle.kl(logits, teacher_logits), rtol=2e-5, atol=1e-6)
+
+
+@every_implementation
+@pytest.mark.parametrize("name", ["empty", "tied_padded_capped", "tiles"])
+def test_one_side(implementation, name):
+    p = make_problem(SHAPES[name])
+    compare(program(implementation)(p.hidden, p.head, p.labels), p.oracle.logits(p.hidden), p.labels)
 
 
 def test_every_implementation_has_a_pair():
