@@ -198,7 +198,7 @@ def _check_tokenizers(
 
 
 def _check_ids(data: LoadedData, student_cfg: ModelConfig, teacher: LoadedModel | None) -> None:
-    widths = {"student": student_cfg.vocab_size} | ({} if teacher is None else {"teacher": teacher.cfg.vocab_size})
+    widths = ({} if teacher is None else {"teacher": teacher.cfg.vocab_size}) | {"student": student_cfg.vocab_size}
     largest = int(np.max(np.concatenate([ids_in(data.train), ids_in(data.heldout)])))
     for name, width in widths.items():
         if largest >= width:

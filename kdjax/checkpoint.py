@@ -20,9 +20,12 @@ BEST = "kl"  # the metric that `keep_best` goes by; lower is better
 
 
 class Checkpoints:
-    """The checkpoints of one work directory; a context manager that waits for pending writes when it closes."""
+    """The checkpoints of one work directory; a context manager that waits for pending writes when it closes.
 
-    def __init__(self, workdir: Path, config: Checkpoint) -> None:
+    read_only: only look; half-written checkpoints are left alone, because a run may be writing them at this moment.
+    """
+
+    def __init__(self, workdir: Path, config: Checkpoint, *, read_only: bool = False) -> None:
         from orbax.checkpoint import v1 as ocp
 
         policies = ocp.training.preservation_policies
@@ -39,7 +42,7 @@ class Checkpoints:
             self.directory.absolute(),
             context=context,
             preservation_policy=policies.AnyPreservationPolicy(kept),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
         )
         self._pending: Any = None
 

@@ -54,7 +54,8 @@ def claim_workdir(workdir: Path, experiment: Experiment) -> None:
         free = ("name", "log", "eval", "checkpoint", "mesh")
         kept = [{name: value for name, value in config.items() if name not in free} for config in (old, new)]
         differing = config_difference(kept[0], kept[1])
-        if differing and (workdir / "checkpoints").is_dir():
+        saved = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()]
+        if differing and saved:  # a run that failed before its first checkpoint has nothing to go on from
             raise ValueError(
                 f"--workdir must be empty or of the same config, got {str(workdir)!r}: {'; '.join(differing)}. "
                 "Set another --workdir, or undo these changes to go on with that run."
@@ -112,10 +113,13 @@ def fresh_state(built: Built) -> TrainState:
 
 def restore(built: Built, workdir: Path, step: str = "") -> tuple[TrainState, int]:
     """(state, step) of a checkpoint: a step number, 'best' or '' for the newest. ValueError if it is not there."""
-    with Checkpoints(workdir, built.experiment.checkpoint) as checkpoints:
+    none_such = f"--step must name a checkpoint, got {step!r}; {workdir} has none such yet."
+    if not (workdir / "checkpoints").is_dir():
+        raise ValueError(none_such)
+    with Checkpoints(workdir, built.experiment.checkpoint, read_only=True) as checkpoints:
         which = {"": checkpoints.latest, "best": checkpoints.best}.get(step, int(step) if step.isdecimal() else None)
         if which is None:
-            raise ValueError(f"--step must name a checkpoint, got {step!r}; {checkpoints.directory} has none such yet.")
+            raise ValueError(none_such)
         return checkpoints.restore(abstract_like(fresh_state(built)), None, run_identity(built), which)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from kdjax.kernels.linear_stats import linear_stats
 from kdjax.models import ModelConfig, head, hidden_cached, init_cache
@@ -127,7 +128,8 @@ def _on_one_device(params: Params) -> Params:
         from jax.experimental import multihost_utils
 
         params = multihost_utils.process_allgather(params, tiled=True)
-    return jax.device_put(params, jax.local_devices()[0])
+    # With a bare device instead of a sharding the arrays would keep the mesh in their type.
+    return jax.device_put(params, SingleDeviceSharding(jax.local_devices()[0]))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:

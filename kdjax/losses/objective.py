@@ -44,7 +44,7 @@ class Objective:
         slots = selection.weight
         if self.reduction == "sample":
             per_row = jnp.sum(slots, 1, keepdims=True)
-            slots = jnp.where(per_row > 0, slots / jnp.maximum(per_row, 1e-30), 0.0)
+            slots = slots / jnp.maximum(per_row, 1e-30)  # a row without slots stays at 0
             count = jnp.sum(per_row > 0, dtype=jnp.float32)
         else:
             count = jnp.sum(slots)

@@ -218,8 +218,8 @@ def check_same_tokenizer(
         family = f"Set a {second} of the {first}'s family."
         advice = f"Set data.tokenizer to that of the {second}." if first == "data" else family
         raise ValueError(
-            f"{second}.path must have the {first}'s tokenizer, got another: {shown}{rest} (ids of {first} and {second});"
-            f" a distribution over ids can be matched only if they mean the same. {advice}"
+            f"{second}.path must have the {first}'s tokenizer, got another: {shown}{rest} (ids of {first} and "
+            f"{second}); a distribution over ids can be matched only if they mean the same. {advice}"
         )
     beyond = [(token, index) for token, index in emitted if index >= rows]
     if beyond:

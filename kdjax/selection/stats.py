@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kdjax.kernels.linear_stats import linear_stats
@@ -36,8 +35,8 @@ def token_stats(
                 f"Choose another signal or set {name}.path."
             )
         hidden, head = side
-        stats = linear_stats(hidden.reshape(-1, hidden.shape[-1]), head, labels.reshape(-1))
+        stats = linear_stats(hidden.reshape(-1, hidden.shape[-1]), head, labels.reshape(-1))  # under stop-gradient
         for field in wanted:
             _, source, sign = FIELDS[field]
-            made[field] = lax.stop_gradient(sign * getattr(stats, source).reshape(labels.shape))
+            made[field] = sign * getattr(stats, source).reshape(labels.shape)
     return TokenStats(**made)

@@ -177,11 +177,11 @@ def test_rows_are_selected_by_themselves(policy):
 
 
 @every_policy
-def test_own_signals_are_in_the_table(policy):
+def test_what_it_says_of_its_signal(policy):
     entry, _ = made(policy, 0.28)
     assert entry.signal is None or entry.signal in SIGNALS
-    if not entry.uses_signal:  # then it must not matter what is passed for the scores
-        assert chosen(policy, 0.28, jnp.full((B, T), jnp.nan)) == chosen(policy, 0.28, jnp.ones((B, T)))
+    rising = jnp.broadcast_to(jnp.arange(T, dtype=jnp.float32)[None, :], (B, T))
+    assert entry.uses_signal == (chosen(policy, 0.28, rising) != chosen(policy, 0.28, -rising))
 
 
 # --- random_fraction, the control arm

@@ -81,6 +81,7 @@ def test_token_reduction():
     output, _ = run(terms(forward_kl=1.0))
     np.testing.assert_allclose(output.total, (SLOTS * slots().forward_kl()).sum(), rtol=1e-5)
     assert output.count == 6
+    assert {leaf.dtype for leaf in jax.tree.leaves(output)} == {jnp.dtype("float32")}
 
 
 def test_sample_reduction():
@@ -89,6 +90,7 @@ def test_sample_reduction():
     kl = slots().forward_kl()
     np.testing.assert_allclose(output.total, kl[0, :2].mean() + kl[1].mean(), rtol=1e-5)
     assert output.count == 2
+    assert {leaf.dtype for leaf in jax.tree.leaves(output)} == {jnp.dtype("float32")}
 
 
 def test_slot_weights():

@@ -33,7 +33,7 @@ def sortable(score: Float[Array, "B T"], eligible: Bool[Array, "B T"]) -> Float[
     -0 ties with 0, only what is not eligible is at -inf, and NaN goes first: the loss is to show it.
     """
     score = jnp.where(score == 0, 0.0, score)
-    score = jnp.nan_to_num(score, nan=jnp.inf, posinf=jnp.inf, neginf=jnp.finfo(score.dtype).min)
+    score = jnp.nan_to_num(score, nan=jnp.inf)  # and -inf, inf to the ends of what is finite
     return jnp.where(eligible, score, -jnp.inf)
 
 
