@@ -3,7 +3,7 @@
 Command:   make quickstart     or   python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart
 Hardware:  2 CPU cores, 3 GiB of memory
 Time:      about 5 minutes after the install
-Result:    held-out perplexity from above 1e6 to below 400 (World Factbook, countries not trained on)
+Result:    held-out perplexity from 9e5 to about 290, the teacher's is 26 (World Factbook, countries not trained on)
 """
 
 from ml_collections import ConfigDict
@@ -24,8 +24,8 @@ def get_config() -> ConfigDict:
     config.selection.signal = "student_entropy"
     config.selection.fraction = 0.2
     config.train.batch_size = 4
-    config.train.steps = 60
-    config.optim.learning_rate = 4e-4
+    config.train.steps = 100
+    config.optim.learning_rate = 1e-3
     config.optim.warmup = 10
     config.checkpoint.every = 100
     return config

@@ -144,7 +144,11 @@ def load_experiment(workdir: str | Path) -> Experiment:
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise ValueError(f"--workdir must be the directory of a run, got {str(workdir)!r}; it has no config.json.")
-    return schema.from_config_dict(ml_collections.ConfigDict(json.loads(path.read_text(encoding="utf-8"))))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be the config of a run, got a damaged file; {error}.") from error
+    return schema.from_config_dict(ml_collections.ConfigDict(values))
 
 
 def _load_teacher(experiment: Experiment, rules: Rules) -> LoadedModel | None:
