@@ -1,6 +1,7 @@
 """What every script shares: flags, one clear line for bad input, no slow import before the flags are read."""
 
 import re
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,9 @@ from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
+
+# transformers announces at import that torch is absent; here it always may be.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 FLAGS = flags.FLAGS
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")  # --config.train.steps=3, --noconfig.log.tensorboard

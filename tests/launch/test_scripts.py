@@ -371,6 +371,9 @@ def test_scripts_that_need_a_run(script, call, tmp_path):
         ValueError, match=r"^--workdir must be the directory of a run, got .*; it has no config\.json\.$"
     ):
         call(script, *arguments)
+    (tmp_path / "config.json").write_text('{"train": {"ste')
+    with pytest.raises(ValueError, match=r"config\.json must be the config of a run, got a damaged file; Unterminated"):
+        call(script, *arguments)
     assert not (tmp_path / "out").exists()
 
 
