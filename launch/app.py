@@ -1,7 +1,7 @@
 """What every script shares: flags, one clear line for bad input, no slow import before the flags are read."""
 
-import re
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
