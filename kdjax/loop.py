@@ -179,7 +179,7 @@ class _Running:
                 break
         progress.close()
         self.checkpoints.wait()
-        if not interrupted and start < total:
+        if not interrupted and (start < total or not (workdir / "report.html").is_file()):
             write_after(workdir, self.built, state)
         return Outcome(step if start < total else start, interrupted, self.evaluation)
 

@@ -30,9 +30,9 @@ SHAPES = {
     "one_column": Shape(3, 1, padding=2),
     "tied": Shape(7, 13, vocab_major=True),
     "untied_padded": Shape(7, 13, padding=3, teacher_padding=19),
-    "tied_padded_capped": Shape(7, 11, padding=5, vocab_major=True, logit_scale=2.0, soft_cap=0.9),
+    "tied_padded_capped": Shape(7, 11, padding=5, vocab_major=True, logit_scale=2.0, soft_cap=4.0),
     "tiles": Shape(300, 37, teacher_padding=3),
-    "tiles_tied_padded_capped": Shape(300, 21, padding=11, vocab_major=True, logit_scale=2.5, soft_cap=4.0),
+    "tiles_tied_padded_capped": Shape(300, 21, padding=11, vocab_major=True, logit_scale=0.25, soft_cap=0.9),
 }
 
 

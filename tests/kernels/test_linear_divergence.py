@@ -267,6 +267,22 @@ def test_no_teacher(implementation):
 
 
 @every_implementation
+def test_a_term_sees_only_what_it_declares(implementation):
+    """In a mixture, too: a term that forgot to say that it reads the teacher fails at once, not only when alone."""
+    p, blind = make_problem(SHAPES["tied"]), Term(lambda pair: pair.q * pair.p, teacher=False)
+    with pytest.raises(TypeError, match="NoneType"):
+        run(implementation, p, {FORWARD: 1.0, blind: 1.0})
+
+
+@every_implementation
+def test_default_temperature(implementation):
+    p = make_problem(SHAPES["tied"])
+    rest = (tuple(MIXTURE), list(MIXTURE.values()))
+    total, _ = jax.jit(lambda p: linear_divergence(*p, *rest, implementation=implementation))(arguments(p))
+    np.testing.assert_allclose(total, expected(p, MIXTURE)[0], rtol=1e-5)
+
+
+@every_implementation
 @hypothesis.given(st.data())
 @hypothesis.settings(max_examples=3)
 def test_rows_are_independent(implementation, data):

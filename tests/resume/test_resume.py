@@ -78,6 +78,9 @@ def test_a_finished_run_is_not_trained_again(make_run):
     second = train_here(run)
     assert first.step == second.step == int(STEPS)
     assert (run.workdir / "metrics.jsonl").read_text() == before
+    (run.workdir / "report.html").unlink()  # killed after the last checkpoint, before the report
+    train_here(run)
+    assert (run.workdir / "report.html").is_file()
 
 
 @pytest.mark.parametrize("rate", ["0.0004", "0.3"])  # improves to the end; diverges after a while
@@ -98,7 +101,7 @@ def test_another_config_is_refused_and_says_what_differs(make_run):
     train_here(run)
     with pytest.raises(
         ValueError,
-        match=r"--workdir must be empty or of the same config.*optim.learning_rate is 0.0004 there and 0.1 here",
+        match=r"--workdir must be empty or of the same config.*optim.learning_rate is 0.001 there and 0.1 here",
     ):
         loop.claim_workdir(run.workdir, run.experiment(train__steps=STEPS, optim__learning_rate="0.1"))
     loop.claim_workdir(
