@@ -76,6 +76,12 @@ def build_parts(
 ) -> StepParts:
     """The step's parts from shapes alone: no weights, no data; enough to trace or compile a step for any mesh."""
     e = experiment
+    for name, cfg in (("student", student_cfg), ("teacher", teacher_cfg)):
+        if cfg is not None and e.data.seq_len > cfg.max_positions:
+            raise ValueError(
+                f"data.seq_len must be at most the {cfg.max_positions} positions that the {name} was made for, got "
+                f"{e.data.seq_len}. Lower it."
+            )
     policy, signal, objective, optimiser, rate = _named_parts(e)
     vocab = min(cfg.vocab_size for cfg in (student_cfg, teacher_cfg) if cfg is not None)
     compute = registry.lookup(DTYPES, e.student.compute_dtype, "student.compute_dtype")

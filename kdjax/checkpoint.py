@@ -44,7 +44,7 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=not read_only,
         )
-        self._pending: Any = None
+        self._pending: tuple[int, Any] | None = None  # the step that is being written, and its response
 
     @property
     def latest(self) -> int | None:
@@ -71,18 +71,18 @@ class Checkpoints:
         parts = {"state": state, "data": data, "meta": {"config": identity}}
         metrics = None if kl is None else {BEST: float(kl)}
         try:
-            self._pending = self._orbax.save_checkpointables_async(step, parts, force=True, metrics=metrics)
+            self._pending = step, self._orbax.save_checkpointables_async(step, parts, force=True, metrics=metrics)
         except OSError as error:
             raise self._failed(step, error) from error
 
     def wait(self) -> None:
         """Until the pending write is complete. Raises OSError as `save` does."""
         if self._pending is not None:
-            pending, self._pending = self._pending, None
+            (step, response), self._pending = self._pending, None
             try:
-                pending.result()
+                response.result()
             except (OSError, ValueError, RuntimeError) as error:  # tensorstore reports a full disk as ValueError
-                raise self._failed(self._orbax.latest.step if self._orbax.latest else 0, error) from error
+                raise self._failed(step, error) from error
 
     def restore(self, abstract_state: Any, data: Any, identity: str, step: int | None = None) -> tuple[Any, int]:
         """(state, step): the newest checkpoint, or that of `step`, onto the shardings of `abstract_state`.
@@ -114,7 +114,12 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        try:
+            self.close()
+        except (OSError, ValueError, RuntimeError) as second:  # orbax repeats what a failed write has said already
+            if error is None:
+                raise
+            error.add_note(f"and on closing {self.directory}: {second}")
 
     def _require_space(self, step: int, state: Any) -> None:
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))

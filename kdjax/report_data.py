@@ -93,7 +93,7 @@ def _text_page(built: Built, state: TrainState) -> dict[str, Any]:
 
 def _summary(workdir: Path, built: Built) -> dict[str, Any]:
     e, data = built.experiment, built.data
-    teacher = {}
+    teacher: dict[str, Any] = {"teacher": "none, the text alone"}
     if built.teacher is not None:
         teacher = {
             "teacher": built.teacher.source,

@@ -137,6 +137,32 @@ def test_a_non_finite_loss_stops_names_the_step_and_keeps_the_last_good_checkpoi
     assert train_here(run).step == int(STEPS)  # and the run can go on
 
 
+def test_a_disk_that_fills_up_while_writing_is_said_and_the_last_good_checkpoint_stands(make_run, monkeypatch):
+    run = make_run("run")
+
+    class Full:
+        """The response of a write that failed; and closing repeats it."""
+
+        def result(self):
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    save = Checkpoints.save
+
+    def failing(self, step, *arguments):
+        save(self, step, *arguments)
+        if step == 6:
+            self.wait()
+            self._pending = step, Full()
+            monkeypatch.setattr(self._orbax.__class__, "close", lambda self: Full().result())
+
+    monkeypatch.setattr(Checkpoints, "save", failing)
+    with pytest.raises(
+        OSError, match=r"the checkpoint of step 6 could not be written to .*No space left.*Free disk"
+    ) as info:
+        train_here(run)
+    assert "No space left" in "".join(info.value.__notes__)
+
+
 def test_a_full_disk_is_said_before_anything_is_written(make_run, monkeypatch):
     run = make_run("run")
     usage, calls = shutil.disk_usage, []

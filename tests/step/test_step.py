@@ -167,6 +167,12 @@ def test_student_signal_follows_the_student_alone(bench, batch):
     np.testing.assert_array_equal(plain, selected(made.params, shaken(made.teacher_params, 1)))
 
 
+def test_rows_longer_than_a_model_was_made_for_are_refused(bench, student_cfg):
+    short = dataclasses.replace(student_cfg, max_positions=64)
+    with pytest.raises(ValueError, match=r"data.seq_len must be at most the 64 positions that the teacher .*, got 128"):
+        bench(teacher=short)
+
+
 def test_compiles_once(bench, batch):
     made = bench()
     step = jax.jit(make_train_step(made.parts), donate_argnums=0)
