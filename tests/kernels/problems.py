@@ -66,4 +66,5 @@ def make_problem(shape: Shape, dtype=jnp.float32, seed: int = 0) -> Problem:
     labels = jnp.asarray(draw.integers(shape.vocab, size=shape.rows), jnp.int32)
     weight = draw.uniform(0.1, 2.0, size=shape.rows)
     weight[2::5] = 0.0
+    weight[3::7] *= -1.0  # only 0 is special
     return Problem(*student[:2], *teacher[:2], labels, jnp.asarray(weight, jnp.float32), student[2], teacher[2])

@@ -164,7 +164,7 @@ def test_metrics():
     """Plain means over the filled slots, in nats: no tau^2, no term weight, no row weight, no slot weight."""
     config = dataclasses.replace(terms(forward_kl=0.25, cross_entropy=3.0), tau=2.0)
     weight = SLOTS * np.array([[0.5], [2.0], [1.0]])
-    output, _ = run(config, slot_weight=weight, row_weight=ROW_WEIGHTS)
+    output, _ = run(config, slot_weight=weight, row_weight=[0.0, 2.0, 3.0])
     assert set(output.metrics) == {"forward_kl", "cross_entropy"}
     for name, values in (("forward_kl", slots().forward_kl(2.0)), ("cross_entropy", slots().cross_entropy())):
         total, count = output.metrics[name]
