@@ -252,7 +252,6 @@ def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
 _COUNT = (*_at_least(1), "it is a count")
 _OR_OFF = (*_at_least(0), "0 switches it off")
 _DTYPE = (*_one_of("float32", "bfloat16"), "other types lose too much or are not supported")
-_SCHEDULE = (_is_schedule, "a number or (name, *arguments)", "see kdjax/schedules.py")
 
 # config path -> (does the value do, what it must be, why)
 _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
@@ -276,7 +275,11 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         "a non-empty tuple of (name, weight or schedule)",
         "one term is written ((name, weight),)",
     ),
-    "loss.tau": _SCHEDULE,
+    "loss.tau": (
+        lambda v: _is_schedule(v) and (isinstance(v, tuple) or v > 0),
+        "a positive number or (name, *arguments)",
+        "logits are divided by it; see kdjax/schedules.py",
+    ),
     "loss.beta": (lambda v: 0 < v < 1, "in (0, 1)", "JSD is 0 at both ends; use forward_kl or reverse_kl there"),
     "loss.skew": (lambda v: 0 <= v < 1, "in [0, 1)", "at 1 both sides of the divergence are equal"),
     "loss.reduction": (*_one_of("token", "sample"), "see Loss"),

@@ -15,6 +15,7 @@ from kdjax.selection.signals import position_noise
 from kdjax.types import Batch, TokenStats
 
 B, T = 6, 25
+DRAW = jax.jit(position_noise, static_argnums=2)
 FRACTIONS = (0.01, 0.2, 0.28, 1.0)
 
 
@@ -55,7 +56,7 @@ def score_of(policy, signal, row_id=range(B), epoch=0, seed=0):
     zeros = jnp.zeros((len(row_id), T), jnp.int32)
     ids = jnp.asarray(row_id, jnp.int32)
     batch = Batch(zeros, zeros, zeros, zeros.astype(bool), ids, jnp.full_like(ids, epoch), jnp.ones(len(row_id)))
-    return entry.score(TokenStats(**fields), position_noise(jax.random.key(seed), batch, 1))
+    return entry.score(TokenStats(**fields), DRAW(jax.random.key(seed), batch, 1))
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from tests.kernels import oracle
 
 B, T = 3, 7
 NAMES = [field.name for field in dataclasses.fields(TokenStats)]
+DRAW = jax.jit(position_noise, static_argnums=2)
 every_signal = pytest.mark.parametrize("name", SIGNALS)
 
 
@@ -31,7 +32,7 @@ def batch(row_id, epoch=None, positions=T):
 
 
 def noise(row_id, *, epoch=0, positions=T, seed=0, purpose=1):
-    return np.asarray(position_noise(jax.random.key(seed), batch(row_id, epoch, positions), purpose))
+    return np.asarray(DRAW(jax.random.key(seed), batch(row_id, epoch, positions), purpose))
 
 
 @every_signal
