@@ -50,6 +50,9 @@ class Head:
     weight:      [V, D] if `vocab_major` (tied embeddings) else [D, V].
     vocab_size:  columns >= vocab_size are padding: their logits count as -inf.
     logit_scale: multiplies the logits. soft_cap: if > 0, logits = soft_cap * tanh(logits / soft_cap), after the scale.
+    vocab_axis:  inside a `shard_map`: the mesh axis over which the columns are split. weight is then this device's
+                 equal, contiguous part of them, vocab_size still counts all; hidden states and labels are the same on
+                 all devices of the axis. Kernels combine partial results [N]; nothing of size V is ever gathered.
     """
 
     weight: Array
@@ -57,6 +60,7 @@ class Head:
     vocab_major: bool = flax.struct.field(pytree_node=False, default=False)
     logit_scale: float = flax.struct.field(pytree_node=False, default=1.0)
     soft_cap: float = flax.struct.field(pytree_node=False, default=0.0)
+    vocab_axis: str | None = flax.struct.field(pytree_node=False, default=None)
 
 
 @flax.struct.dataclass

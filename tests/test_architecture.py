@@ -26,7 +26,7 @@ Complaints = Iterator[str]
 # Imports go down only.
 LEVELS = [
     "types registry metrics schedules config run_log",
-    "sharding kernels",
+    "sharding aot kernels",
     "models data optim",
     "teacher selection losses generation verifiers",
     "step curation analysis",

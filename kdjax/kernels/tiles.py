@@ -1,11 +1,15 @@
-"""What all vocabulary kernels share: how rows are cut into tiles, and the logits of one tile."""
+"""What all vocabulary kernels share: how rows are cut into tiles, the logits of one tile, sums over the vocabulary."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from kdjax.types import Head
+
+MASKED = -1e30  # the logit of a padding column where it cannot be cut off: finite, so 0 * MASKED is 0
 
 
 def row_tiles(rows: int, at_most: int) -> tuple[int, int]:
@@ -26,17 +30,79 @@ def split_rows(array: Array, count: int, size: int) -> Array:
     return array.reshape(count, size, *array.shape[1:])
 
 
+def head_width(head: Head) -> int:
+    """Columns of the weight on this device, padding included."""
+    return int(head.weight.shape[0 if head.vocab_major else 1])
+
+
+def kept_columns(head: Head) -> int:
+    """How many columns `tile_logits` has: without the padding, if the head is whole."""
+    return min(head.vocab_size, head_width(head)) if head.vocab_axis is None else head_width(head)
+
+
+def first_column(head: Head) -> Array | int:
+    """The id of this device's first column."""
+    return 0 if head.vocab_axis is None else lax.axis_index(head.vocab_axis) * head_width(head)
+
+
+def column_ids(head: Head) -> Int[Array, "V"]:
+    """The vocabulary id of each column of `tile_logits`."""
+    return first_column(head) + lax.iota(jnp.int32, kept_columns(head))
+
+
+def is_label(head: Head, labels: Int[Array, "C"]) -> Bool[Array, "C V"]:
+    """True where a column of `tile_logits` is the row's label."""
+    return labels[:, None] == column_ids(head)[None, :]
+
+
+def vocab_sum(values: Float[Array, "C V"], axis: str | None) -> Float[Array, "C 1"]:
+    """Sum over the whole vocabulary, over the devices of `axis` too."""
+    part = jnp.sum(values, -1, keepdims=True)
+    return part if axis is None else lax.psum(part, axis)
+
+
+def vocab_max(values: Float[Array, "C V"], axis: str | None) -> Float[Array, "C 1"]:
+    """Maximum over the whole vocabulary; no gradient."""
+    part = lax.stop_gradient(jnp.max(values, -1, keepdims=True))
+    return part if axis is None else lax.pmax(part, axis)
+
+
+def check_pair(head: Head, teacher_head: Head) -> None:
+    """ValueError unless two heads have one vocabulary, cut in one way."""
+    if teacher_head.vocab_size != head.vocab_size:
+        raise ValueError(
+            f"teacher_head.vocab_size must equal the student's {head.vocab_size}, got {teacher_head.vocab_size}; a sum "
+            "over the vocabulary needs one vocabulary. Set both to the number of ids that the tokenizer can emit."
+        )
+    if teacher_head.vocab_axis != head.vocab_axis:
+        raise ValueError(
+            f"teacher_head.vocab_axis must equal the student's {head.vocab_axis!r}, got {teacher_head.vocab_axis!r}; "
+            "a device needs the same columns of both. Shard both heads over the same mesh axis."
+        )
+    if head.vocab_axis is not None and head_width(teacher_head) != head_width(head):
+        raise ValueError(
+            f"teacher_head.weight must have the student's {head_width(head)} columns per device of "
+            f"{head.vocab_axis!r}, got {head_width(teacher_head)}; a device needs the same columns of both. Pad both "
+            "heads to one width."
+        )
+
+
 def tile_logits(hidden: Float[Array, "C D"], head: Head) -> Float[Array, "C V"]:
-    """float32 logits of one tile, without the head's padding columns; scale and soft-cap applied."""
+    """float32 logits of one tile, scale and soft-cap applied, on this device's columns.
+
+    Padding columns are cut off; those of a head that is split over devices have the logit MASKED.
+    """
     contract = (((1,), (1 if head.vocab_major else 0,)), ((), ()))
     logits = lax.dot_general(hidden, head.weight, contract, preferred_element_type=jnp.float32)
-    width = head.weight.shape[0 if head.vocab_major else 1]
-    if head.vocab_size < width:
+    width = head_width(head)
+    if head.vocab_axis is None and head.vocab_size < width:
         logits = logits[:, : head.vocab_size]
     if head.logit_scale != 1.0:
         logits = logits * head.logit_scale
     if head.soft_cap > 0.0:
         logits = head.soft_cap * jnp.tanh(logits / head.soft_cap)
+    if head.vocab_axis is not None and head.vocab_size < width * lax.axis_size(head.vocab_axis):
+        logits = jnp.where((column_ids(head) < head.vocab_size)[None, :], logits, MASKED)
     return logits
 
 
@@ -45,15 +111,16 @@ def tile_gradients(
 ) -> tuple[Float[Array, "C D"], Float[Array, "X Y"]]:
     """From d loss / d logits of a tile: d loss / d hidden and d loss / d head.weight, both float32.
 
-    A row whose gradient is 0 throughout must have finite `hidden`; its logits may be anything.
+    A row whose gradient is 0 throughout must have finite `hidden`; its logits may be anything. With `vocab_axis`, both
+    are this device's part: d hidden is to be added up over the axis, which the transpose of `shard_map` does.
     """
     if head.soft_cap > 0.0:
         gradient = jnp.where(gradient == 0.0, 0.0, gradient * (1.0 - jnp.square(logits / head.soft_cap)))
     if head.logit_scale != 1.0:
         gradient = gradient * head.logit_scale
-    width = head.weight.shape[0 if head.vocab_major else 1]
-    if head.vocab_size < width:
-        gradient = jnp.pad(gradient, ((0, 0), (0, width - head.vocab_size)))
+    padding = head_width(head) - gradient.shape[1]
+    if padding:
+        gradient = jnp.pad(gradient, ((0, 0), (0, padding)))
     gradient = gradient.astype(hidden.dtype)
     by_vocab = (((1,), (0 if head.vocab_major else 1,)), ((), ()))
     d_hidden = lax.dot_general(gradient, head.weight, by_vocab, preferred_element_type=jnp.float32)
@@ -62,19 +129,27 @@ def tile_gradients(
     return d_hidden, d_weight
 
 
-def log_softmax(logits: Float[Array, "C V"]) -> Float[Array, "C V"]:
-    """Over the vocabulary, in float32; finite for finite logits of any size."""
-    return jax.nn.log_softmax(logits, axis=-1)
+def log_softmax(logits: Float[Array, "C V"], axis: str | None = None) -> Float[Array, "C V"]:
+    """Over the vocabulary, in float32; finite for finite logits of any size. Differentiable."""
+    shifted = logits - vocab_max(logits, axis)
+    return shifted - jnp.log(vocab_sum(jnp.exp(shifted), axis))
 
 
-def tile_softmax(logits: Float[Array, "C V"]) -> tuple[Float[Array, "C V"], Float[Array, "C V"]]:
+def tile_softmax(
+    logits: Float[Array, "C V"], axis: str | None = None
+) -> tuple[Float[Array, "C V"], Float[Array, "C V"]]:
     """(log-probabilities, probabilities) of a tile.
 
     The exponentials are written once, behind a barrier: left to itself the compiler recomputes them in every reduction
     and product that reads them, and on a CPU they are the larger part of what is not a matrix product.
     """
-    top = jnp.max(logits, -1, keepdims=True)
+    top = vocab_max(logits, axis)
     exp = lax.optimization_barrier(jnp.exp(logits - top))
-    total = jnp.sum(exp, -1, keepdims=True)
+    total = vocab_sum(exp, axis)
     # Not logits - (top + log total): at logits of 1e4 the sum would round off the third decimal.
     return (logits - top) - jnp.log(total), exp / total
+
+
+def sum_over_axis(tree: Any, axis: str | None) -> Any:
+    """The sum over the devices of `axis`; a cotangent that comes back through it is summed likewise."""
+    return tree if axis is None else jax.lax.psum(tree, axis)

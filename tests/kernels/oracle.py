@@ -44,7 +44,7 @@ def kl_to_mixture(logits, other_logits, own_share: float) -> np.ndarray:
 
 def statistics(logits, labels) -> dict[str, np.ndarray]:
     """The fields of LinearStats by name."""
-    logits, rows = f64(logits), np.arange(len(logits))
+    logits, labels, rows = f64(logits), np.asarray(labels), np.arange(len(logits))
     logq = log_softmax(logits)
     argmax = logits.argmax(-1)  # the first of equals
     return {
@@ -54,6 +54,7 @@ def statistics(logits, labels) -> dict[str, np.ndarray]:
         "sum_p_sq": (np.exp(logq) ** 2).sum(-1),
         "max_logp": logq.max(-1, initial=-np.inf),
         "argmax": argmax,
+        "brier": ((np.exp(logq) - (labels[:, None] == np.arange(logits.shape[1]))) ** 2).sum(-1),
     }
 
 

@@ -14,11 +14,13 @@ from jaxtyping import Array, Float, Int
 from kdjax.kernels import _dispatch
 from kdjax.kernels.linear_divergence import reference, xla
 from kdjax.kernels.linear_divergence.api import Pair, Term
+from kdjax.kernels.tiles import check_pair
 from kdjax.types import Head
 
 __all__ = ["IMPLEMENTATIONS", "Pair", "Term", "linear_divergence"]
 
 IMPLEMENTATIONS = {"reference": reference.linear_divergence, "xla": xla.linear_divergence}
+DECLINES: dict[str, _dispatch.Declines] = {}
 
 
 def linear_divergence(
@@ -46,12 +48,10 @@ def linear_divergence(
         raise ValueError("teacher_hidden and teacher_head must be given, got None; a term compares with the teacher.")
     if not any(term.teacher for term in terms):
         teacher_hidden = teacher_head = None
-    if teacher_head is not None and teacher_head.vocab_size != head.vocab_size:
-        raise ValueError(
-            f"teacher_head.vocab_size must equal the student's {head.vocab_size}, got {teacher_head.vocab_size}; a sum "
-            "over the vocabulary needs one vocabulary. Set both to the number of ids that the tokenizer can emit."
-        )
-    chosen = _dispatch.choose(IMPLEMENTATIONS, implementation, "xla", "linear_divergence")
+    if teacher_head is not None:
+        check_pair(head, teacher_head)
+    sides = (hidden, head, teacher_hidden, teacher_head)
+    chosen = _dispatch.choose("linear_divergence", IMPLEMENTATIONS, DECLINES, implementation, *sides)
     scales = jnp.stack([jnp.asarray(c, jnp.float32) for c in coefficients])
     tau = jnp.asarray(tau, jnp.float32)
     teacher_hidden, teacher_head, labels, weight, scales, tau = lax.stop_gradient(

@@ -1,11 +1,13 @@
 """The oracle: whole [N, V] log-probabilities and JAX's own differentiation."""
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kdjax.kernels.linear_divergence.api import Pair, Term
-from kdjax.kernels.tiles import log_softmax, tile_logits
+from kdjax.kernels.tiles import is_label, log_softmax, tile_logits, vocab_sum
 from kdjax.types import Head
 
 
@@ -40,15 +42,22 @@ def _values(
     terms: tuple[Term, ...],
     tau: Float[Array, ""],
 ) -> Float[Array, "M N"]:
+    axis = head.vocab_axis
     student = tile_logits(hidden, head)
     teacher = None if teacher_hidden is None or teacher_head is None else tile_logits(teacher_hidden, teacher_head)
-    is_label = labels[:, None] == jnp.arange(student.shape[1])[None, :]
+    labelled = is_label(head, labels)
+    total = functools.partial(vocab_sum, axis=axis)
     values = []
     for term in terms:
         t = tau if term.tempered else jnp.ones_like(tau)
-        logq, logp, p = log_softmax(student / t), None, None
+        logq, logp, p = log_softmax(student / t, axis), None, None
         if term.teacher and teacher is not None:
-            logp = log_softmax(teacher / t)
+            logp = log_softmax(teacher / t, axis)
             p = jnp.exp(logp)
-        values.append(jnp.sum(term.value(Pair(logp, logq, p, jnp.exp(logq), is_label)), -1))
+        pair = Pair(logp, logq, p, jnp.exp(logq), labelled)
+        if term.row_scalars is None:
+            row = jnp.zeros((student.shape[0], 0), jnp.float32)
+        else:
+            row = lax.stop_gradient(term.row_scalars(lax.stop_gradient(pair), total))
+        values.append(total(term.value(pair._replace(row=row)))[:, 0])
     return jnp.stack(values)

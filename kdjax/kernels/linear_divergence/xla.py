@@ -128,6 +128,11 @@ def _rows(
         logq, q = tile_softmax(student / t)
         logp, p = tile_softmax(teacher / t) if term.teacher and teacher is not None else (None, None)
         pair = Pair(logp, logq, p, q, is_label)
+        if term.row_scalars is None:
+            row = jnp.zeros((student.shape[0], 0), jnp.float32)
+        else:
+            row = term.row_scalars(pair, lambda x: jnp.sum(x, -1, keepdims=True))
+        pair = pair._replace(row=row)
         value, slope = jax.jvp(
             lambda logq, q, term=term, pair=pair: term.value(pair._replace(logq=logq, q=q)),
             (logq, q),

@@ -1,17 +1,20 @@
 """Results of the op."""
 
 import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Float
 
-from kdjax.types import Array
+from kdjax.types import Array, Head
 
 
 @flax.struct.dataclass
 class LinearStats:
     """Per row [N], q = softmax(logits): float32 in nats, argmax int32.
 
-    logz: log-normaliser. entropy: -sum q log q. label_logp: log q[label]. sum_p_sq: sum q^2 (so the Brier term and the
-    token gradient norm sqrt(sum q^2 - 2 q_y + 1) are closed forms). max_logp: log-probability of the arg-max.
-    argmax: the lower index on ties.
+    logz: log-normaliser. entropy: -sum q log q. label_logp: log q[label]. sum_p_sq: sum q^2. max_logp: log-probability
+    of the arg-max. argmax: the lower index on ties.
+    brier: sum_v (q_v - [v = label])^2 = sum q^2 - 2 q[label] + 1, formed without that cancellation, so that it is exact
+    to rounding for labels of probability near 1, too.
     """
 
     logz: Array
@@ -20,6 +23,12 @@ class LinearStats:
     sum_p_sq: Array
     max_logp: Array
     argmax: Array
+    brier: Array
+
+    @property
+    def token_gradient_norm(self) -> Array:
+        """||d(-log q[label]) / d logits|| = ||q - onehot||, [N]."""
+        return jnp.sqrt(self.brier)
 
 
 @flax.struct.dataclass
@@ -30,3 +39,17 @@ class PairStats:
     teacher: LinearStats
     kl: Array
     reverse_kl: Array
+
+
+def head_gradient_norm(stats: LinearStats, hidden: Float[Array, "N D"], head: Head) -> Float[Array, "N"]:
+    """||d(-log q[label]) / d head.weight||, Frobenius, per row: the gradient is (q - onehot) outer hidden.
+
+    Exact for any logit scale; a soft cap breaks the outer product, hence ValueError.
+    """
+    if head.soft_cap > 0.0:
+        raise ValueError(
+            f"head.soft_cap must be 0, got {head.soft_cap}; with a cap the gradient of the head has no closed form in "
+            "these statistics. Use token_gradient_norm, the gradient on the capped logits."
+        )
+    size = jnp.linalg.norm(hidden.astype(jnp.float32), axis=-1)
+    return stats.token_gradient_norm * size * abs(head.logit_scale)

@@ -1,28 +1,36 @@
 """The oracle: the definitions, on whole [N, V] arrays, as they stand in a textbook."""
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kdjax.kernels.linear_stats.api import LinearStats, PairStats
-from kdjax.kernels.tiles import log_softmax, tile_logits
+from kdjax.kernels.tiles import column_ids, is_label, log_softmax, tile_logits, vocab_max, vocab_sum
 from kdjax.types import Head
 
 
 def linear_stats(hidden: Float[Array, "N D"], head: Head, labels: Int[Array, "N"]) -> LinearStats:
     """See the package."""
+    axis = head.vocab_axis
     logits = tile_logits(hidden, head)
-    logp = log_softmax(logits)
+    logp = log_softmax(logits, axis)
     p = jnp.exp(logp)
-    rows = jnp.arange(logits.shape[0])
-    argmax = jnp.argmax(logits, -1).astype(jnp.int32)
-    return LinearStats(
-        logz=logits[rows, argmax] - logp[rows, argmax],
-        entropy=-jnp.sum(p * logp, -1),
-        label_logp=logp[rows, labels],
-        sum_p_sq=jnp.sum(p * p, -1),
-        max_logp=logp[rows, argmax],
-        argmax=argmax,
+    labelled = is_label(head, labels)
+    top = vocab_max(logits, axis)
+    # The lowest id that has the maximum: minus the largest of minus the ids, since a maximum is what devices share.
+    found = vocab_max(jnp.where(logits == top, -column_ids(head)[None, :].astype(jnp.float32), -jnp.inf), axis)
+    missed = vocab_sum(jnp.where(labelled, 0.0, p), axis)  # 1 - q[label]
+    max_logp = vocab_max(logp, axis)
+    stats = LinearStats(
+        logz=top - max_logp,
+        entropy=-vocab_sum(p * logp, axis),
+        label_logp=vocab_sum(jnp.where(labelled, logp, 0.0), axis),
+        sum_p_sq=vocab_sum(p * p, axis),
+        max_logp=max_logp,
+        argmax=-found.astype(jnp.int32),
+        brier=vocab_sum(jnp.where(labelled, 0.0, p * p), axis) + missed * missed,
     )
+    return lax.stop_gradient(LinearStats(**{name: value[:, 0] for name, value in vars(stats).items()}))
 
 
 def linear_pair_stats(
@@ -33,11 +41,12 @@ def linear_pair_stats(
     labels: Int[Array, "N"],
 ) -> PairStats:
     """See the package."""
-    logq = log_softmax(tile_logits(hidden, head))
-    logp = log_softmax(tile_logits(teacher_hidden, teacher_head))
+    axis = head.vocab_axis
+    logq = log_softmax(tile_logits(hidden, head), axis)
+    logp = log_softmax(tile_logits(teacher_hidden, teacher_head), axis)
     return PairStats(
         student=linear_stats(hidden, head, labels),
         teacher=linear_stats(teacher_hidden, teacher_head, labels),
-        kl=jnp.sum(jnp.exp(logp) * (logp - logq), -1),
-        reverse_kl=jnp.sum(jnp.exp(logq) * (logq - logp), -1),
+        kl=vocab_sum(jnp.exp(logp) * (logp - logq), axis)[:, 0],
+        reverse_kl=vocab_sum(jnp.exp(logq) * (logq - logp), axis)[:, 0],
     )

@@ -67,9 +67,15 @@ def _stats(
         sum_p_sq=jnp.sum(exp * exp, -1) / (total * total),
         max_logp=-log_total,
         argmax=argmax,
+        brier=_brier(exp, total, columns, labels),
     )
     # Not logits - logz: at logits of 1e4 logz has lost its third decimal.
     return stats, shifted - log_total[:, None], exp / total[:, None]
+
+
+def _brier(exp: Array, total: Array, columns: Array, labels: Array) -> Array:
+    other = jnp.where(columns == labels[:, None], 0.0, exp)
+    return (jnp.sum(other * other, -1) + jnp.square(jnp.sum(other, -1))) / (total * total)
 
 
 def _map_tiles(tile: Callable[[Any], Any], rows: tuple[Array, ...]) -> Any:
