@@ -57,7 +57,7 @@ def build(experiment: Experiment) -> Built:
 
     What is quick comes first: a misspelt name or a damaged text is said before gigabytes of weights are read.
     """
-    rules = make_rules(experiment.mesh.preset, experiment.mesh.devices)
+    rules = make_rules(experiment.mesh.preset, experiment.mesh.devices, experiment.mesh.kernels)
     _check_rows(experiment, rules)
     _check_paths(experiment)
     _named_parts(experiment)

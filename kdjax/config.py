@@ -138,6 +138,7 @@ class Mesh:
 
     preset: str = "single"  # single | dp | fsdp
     devices: int = 0  # 0 = all that JAX sees (single: 1)
+    kernels: str = "auto"  # auto | xla | pallas_tpu | pallas_gpu | reference: who computes over the vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,6 +305,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "checkpoint.keep": (*_at_least(1), "the newest checkpoint is what a run resumes from"),
     "checkpoint.keep_best": _OR_OFF,
     "mesh.devices": (*_at_least(0), "0 means all"),
+    "mesh.kernels": (*_one_of("auto", "xla", "pallas_tpu", "pallas_gpu", "reference"), "see kdjax/kernels"),
 }
 
 

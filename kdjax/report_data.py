@@ -62,7 +62,8 @@ def write_after(workdir: Path, built: Built, state: TrainState) -> None:
 
 
 def _complete(built: Built, cfg: Any, params: Params, prompts: list[str]) -> list[str]:
-    return complete(cfg, params, built.tokenizer, prompts, built.experiment.eval.new_tokens)
+    new_tokens, kernels = built.experiment.eval.new_tokens, built.rules.kernels
+    return complete(cfg, params, built.tokenizer, prompts, new_tokens, implementation=kernels)
 
 
 def _prompts(built: Built) -> list[str]:

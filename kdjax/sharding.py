@@ -40,10 +40,14 @@ PRESETS: dict[str, Preset] = {
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """How logical axes map to the mesh. With `mesh=None` (single-device code, tests) every method is the identity."""
+    """How logical axes map to the mesh. With `mesh=None` (single-device code, tests) every method is the identity.
+
+    kernels: the implementation of all vocabulary kernels; None = the default of the platform (`kdjax.kernels`).
+    """
 
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None
     preset: Preset = PRESETS["single"]
+    kernels: str | None = None
 
     def storage_spec(self, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> P:
         """PartitionSpec of a parameter at rest: its first listed axis whose size the mesh axis divides."""
@@ -93,11 +97,12 @@ class Rules:
         return tree if self.mesh is None else jax.lax.psum(tree, DATA)
 
 
-def make_rules(preset: str, devices: int = 0) -> Rules:
+def make_rules(preset: str, devices: int = 0, kernels: str = "auto") -> Rules:
     """The mesh and rules of a preset over the first `devices` devices (0 = all); single takes one and no mesh."""
+    implementation = None if kernels == "auto" else kernels
     entry = registry.lookup(PRESETS, preset, "mesh.preset")
     if entry.one_device:
-        return Rules()
+        return Rules(kernels=implementation)
     available = jax.device_count()
     if devices > available:
         raise ValueError(
@@ -105,4 +110,4 @@ def make_rules(preset: str, devices: int = 0) -> Rules:
         )
     count = devices or available
     mesh = jax.make_mesh((count,), (DATA,), axis_types=(AxisType.Explicit,), devices=jax.devices()[:count])
-    return Rules(mesh, entry)
+    return Rules(mesh, entry, implementation)

@@ -187,7 +187,7 @@ def _supervise_rows(
     if teacher is not None and parts.objective.needs_teacher:
         targets = live_targets(teacher[0], teacher[1], selection.index)
     slots, slot_labels = gather_slots(hidden, selection.index), gather_slots(labels, selection.index)
-    output = parts.objective(slots, head, targets, slot_labels, selection, batch.weight, step)
+    output = parts.objective(slots, head, targets, slot_labels, selection, batch.weight, step, rules.kernels)
     metrics = {**output.metrics, **measured, "selected_fraction": _selected_fraction(selection, eligible)}
     output = rules.sum_over_batch(dataclasses.replace(output, metrics=metrics))
     return output, policy_state, jnp.isfinite(jnp.sum(hidden.astype(jnp.float32), (1, 2)))
@@ -200,7 +200,7 @@ def _score(
     zeros = jnp.zeros(labels.shape, jnp.float32)
     if not parts.policy.uses_signal or parts.signal is None:
         return zeros, {}
-    stats = token_stats(parts.signal.needs, student, teacher, labels)
+    stats = token_stats(parts.signal.needs, student, teacher, labels, implementation=parts.rules.kernels)
     noise = position_noise(key, batch, POSITIONS) if parts.signal.noisy else zeros
     score = lax.stop_gradient(parts.signal.score(stats, noise))
     return score, {name: metric.mean(getattr(stats, name), eligible) for name in parts.signal.needs}

@@ -193,6 +193,7 @@ RULES = [
     ("checkpoint.keep", 0, "must be at least 1, got 0; the newest checkpoint is what a run resumes from.", [1]),
     ("checkpoint.keep_best", -1, NOT_NEGATIVE, [0]),
     ("mesh.devices", -1, NOT_NEGATIVE, [0]),
+    ("mesh.kernels", "cuda", "'reference', got 'cuda'; see kdjax/kernels.", ["xla", "pallas_tpu"]),
 ]
 
 

@@ -45,7 +45,7 @@ def make_eval_step(student: LanguageModel, teacher: LanguageModel | None = None,
 
         def local(sides: list[tuple[Array, Head]], batch: Batch) -> RowSums:
             whole = [(h, rules.gather_head(head, spec[1])) for (h, head), spec in zip(sides, specs, strict=True)]
-            return _row_sums(whole, batch)
+            return _row_sums(whole, batch, rules.kernels)
 
         batch_specs = jax.tree.map(lambda a: rules.batch_spec(a.ndim), batch)
         sums = rules.rowwise(local, in_specs=(specs, batch_specs), out_specs=rules.batch_spec(1))(sides, batch)
@@ -78,7 +78,7 @@ def evaluate(
     return summarise(rows, resamples=resamples, seed=seed)
 
 
-def _row_sums(sides: list[tuple[Array, Head]], batch: Batch) -> RowSums:
+def _row_sums(sides: list[tuple[Array, Head]], batch: Batch, implementation: str | None) -> RowSums:
     labels, eligible = targets_of(batch)
     flat = [(hidden.reshape(-1, hidden.shape[-1]), head) for hidden, head in sides]
 
@@ -86,9 +86,9 @@ def _row_sums(sides: list[tuple[Array, Head]], batch: Batch) -> RowSums:
         return jnp.sum(jnp.where(eligible, values.reshape(labels.shape), 0), 1, dtype=jnp.float32)
 
     if len(flat) == 1:
-        alone = linear_stats(*flat[0], labels.reshape(-1))
+        alone = linear_stats(*flat[0], labels.reshape(-1), implementation=implementation)
         return {"count": total(eligible), **_model_sums("student", alone, labels, eligible)}
-    pair = linear_pair_stats(*flat[0], *flat[1], labels.reshape(-1))
+    pair = linear_pair_stats(*flat[0], *flat[1], labels.reshape(-1), implementation=implementation)
     return {
         "count": total(eligible),
         "kl": total(pair.kl),

@@ -42,7 +42,8 @@ def make_page_step(parts: StepParts) -> PageStep:
     def local(sides: list, batch: Batch, policy_state: Any, key: Array) -> dict[str, Array | None]:
         sides = [(h, rules.gather_head(head, spec[1])) for (h, head), spec in zip(sides, side_specs, strict=True)]
         labels, eligible = targets_of(batch)
-        stats = token_stats(dict.fromkeys(needs), sides[0], sides[1] if len(sides) > 1 else None, labels)
+        teacher = sides[1] if len(sides) > 1 else None
+        stats = token_stats(dict.fromkeys(needs), sides[0], teacher, labels, implementation=rules.kernels)
         score = jnp.zeros(labels.shape, jnp.float32)
         if signal is not None:
             score = signal.score(stats, position_noise(key, batch, POSITIONS))

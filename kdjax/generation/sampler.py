@@ -23,7 +23,9 @@ Message = Mapping[str, str]
 PROMPT_BLOCK = 32  # prompts are padded to a multiple of this, so that few lengths compile
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "new_tokens", "eos_ids", "vocab_size", "compute_dtype"))
+@functools.partial(
+    jax.jit, static_argnames=("cfg", "new_tokens", "eos_ids", "vocab_size", "compute_dtype", "implementation")
+)
 def greedy(
     cfg: ModelConfig,
     params: Params,
@@ -34,6 +36,7 @@ def greedy(
     eos_ids: tuple[int, ...] = (),
     vocab_size: int | None = None,
     compute_dtype: Any = jnp.float32,
+    implementation: str | None = None,
 ) -> tuple[Array, Array]:
     """The most likely token at every step, the lower id on ties: (tokens int32 [B, new_tokens], how many of them [B]).
 
@@ -52,7 +55,7 @@ def greedy(
 
     def record(made: Array, hidden: Array, counts: Array, out: Array) -> tuple:
         """Token number `made` of the rows that were still going on then, i.e. that have `made` tokens."""
-        token = _most_likely(hidden[:, 0], last)
+        token = _most_likely(hidden[:, 0], last, implementation)
         goes_on = (counts == made) & ~jnp.isin(token, stop)
         return made + 1, token, counts + goes_on, out.at[:, made].set(token)
 
@@ -79,6 +82,7 @@ def complete(
     new_tokens: int,
     *,
     compute_dtype: Any = jnp.float32,
+    implementation: str | None = None,
 ) -> list[str]:
     """Greedy completions, without their prompts and special tokens.
 
@@ -113,14 +117,16 @@ def complete(
             eos_ids=tuple(sorted(ends)),
             vocab_size=max(tokenizer.get_vocab().values()) + 1,
             compute_dtype=compute_dtype,
+            implementation=implementation,
         )
     made = [row[:count].tolist() for row, count in zip(np.asarray(tokens), np.asarray(counts), strict=True)]
     return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in made]
 
 
-def _most_likely(hidden: Array, last: Head) -> Array:
+def _most_likely(hidden: Array, last: Head, implementation: str | None) -> Array:
     """argmax over the vocabulary of hidden [B, D]; no label is asked about."""
-    return linear_stats(hidden, last, jnp.zeros(hidden.shape[0], jnp.int32)).argmax.astype(jnp.int32)
+    labels = jnp.zeros(hidden.shape[0], jnp.int32)
+    return linear_stats(hidden, last, labels, implementation=implementation).argmax.astype(jnp.int32)
 
 
 def _on_one_device(params: Params) -> Params:

@@ -35,6 +35,7 @@ class Objective:
         selection: Selection,
         row_weight: Float[Array, "B"],
         step: Any,
+        implementation: str | None = None,
     ) -> LossOutput:
         """The sum over the slots and the count it is to be divided by.
 
@@ -60,6 +61,7 @@ class Objective:
             list(self.terms.values()),
             [self.weights[name](step) for name in self.terms],
             self.tau(step),
+            implementation=implementation,
         )
         filled = selection.weight.reshape(-1) > 0
         n = jnp.sum(filled, dtype=jnp.float32)

@@ -19,7 +19,12 @@ FIELDS = {
 
 
 def token_stats(
-    needs: Iterable[str], student: Side | None, teacher: Side | None, labels: Int[Array, "B T"]
+    needs: Iterable[str],
+    student: Side | None,
+    teacher: Side | None,
+    labels: Int[Array, "B T"],
+    *,
+    implementation: str | None = None,
 ) -> TokenStats:
     """The fields `needs` of TokenStats, [B, T] each. A side that no field needs may be None and is not evaluated."""
     needs = tuple(needs)
@@ -35,7 +40,8 @@ def token_stats(
                 f"Choose another signal or set {name}.path."
             )
         hidden, head = side
-        stats = linear_stats(hidden.reshape(-1, hidden.shape[-1]), head, labels.reshape(-1))  # under stop-gradient
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        stats = linear_stats(rows, head, labels.reshape(-1), implementation=implementation)  # under stop-gradient
         for field in wanted:
             _, source, sign = FIELDS[field]
             made[field] = sign * getattr(stats, source).reshape(labels.shape)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kdjax.kernels import linear_divergence, linear_stats
+from kdjax.sharding import make_rules
 from kdjax.step import make_supervise, make_train_step
 from kdjax.types import targets_of
 
@@ -90,6 +92,21 @@ def test_one_batch_of_eight_is_four_of_two(bench, batch, selection, reduction):
         assert loss_of(left) == pytest.approx(loss_of(right), rel=1e-6)
         assert float(left.metrics["grad_norm"][0]) == pytest.approx(float(right.metrics["grad_norm"][0]), rel=1e-6)
     assert largest_difference(one[0].params, four[0].params) < 1e-6
+
+
+def test_the_named_kernels_run(bench, batch, monkeypatch):
+    """mesh.kernels reaches loss and statistics: the other implementation gives the same, and it is the one that ran."""
+    plain, named = (bench(rules=make_rules("single", 0, kernels)) for kernels in ("auto", "reference"))
+    assert loss_of(named.run(batch)[1][0]) == pytest.approx(loss_of(plain.run(batch)[1][0]), rel=1e-5)
+    for op in (linear_divergence, linear_stats):
+
+        def refuse(*args, op=op, **options):
+            raise RuntimeError(f"{op.__name__} ran")
+
+        with monkeypatch.context() as patch:
+            patch.setitem(op.IMPLEMENTATIONS, "reference", refuse)
+            with pytest.raises(RuntimeError, match=f"{op.__name__} ran"):
+                named.run(batch)
 
 
 def test_student_equal_to_teacher_has_no_loss_and_no_gradient(bench, batch, student_cfg):
