@@ -24,8 +24,8 @@ from kdjax import metrics as metric
 from kdjax.losses.objective import Objective
 from kdjax.schedules import Schedule
 from kdjax.selection.policies import Policy
-from kdjax.selection.signals import Signal, position_noise
-from kdjax.selection.stats import token_stats
+from kdjax.selection.signals import Signal, View, position_noise
+from kdjax.selection.stats import NEEDS_TEACHER, token_stats
 from kdjax.sharding import Rules
 from kdjax.teacher import live_targets
 from kdjax.types import Array, Batch, Head, LossOutput, Metrics, Params, Selection, TrainState, gather_slots, targets_of
@@ -202,7 +202,7 @@ def _score(
         return zeros, {}
     stats = token_stats(parts.signal.needs, student, teacher, labels, implementation=parts.rules.kernels)
     noise = position_noise(key, batch, POSITIONS) if parts.signal.noisy else zeros
-    score = lax.stop_gradient(parts.signal.score(stats, noise))
+    score = lax.stop_gradient(parts.signal.score(View(stats, eligible, noise)))
     return score, {name: metric.mean(getattr(stats, name), eligible) for name in parts.signal.needs}
 
 
@@ -212,4 +212,4 @@ def _selected_fraction(selection: Selection, eligible: Array) -> tuple[Array, Ar
 
 def _needs_teacher(parts: StepParts) -> bool:
     reads = parts.signal.needs if parts.signal is not None and parts.policy.uses_signal else ()
-    return parts.objective.needs_teacher or any(name.startswith("teacher") for name in reads)
+    return parts.objective.needs_teacher or any(name in NEEDS_TEACHER for name in reads)

@@ -65,12 +65,19 @@ class Head:
 
 @flax.struct.dataclass
 class TokenStats:
-    """Per-position statistics [B, T] in nats and float32, under stop-gradient; None = nobody asked for it."""
+    """Per-position statistics [B, T] in nats and float32, under stop-gradient; None = nobody asked for it.
+
+    student_gradient_norm: of -log q[label] with respect to the logits, ||q - onehot||, in [0, sqrt 2]. kl = KL(teacher
+    || student), reverse_kl = KL(student || teacher).
+    """
 
     student_entropy: Array | None = None
     student_ce: Array | None = None
+    student_gradient_norm: Array | None = None
     teacher_entropy: Array | None = None
     teacher_ce: Array | None = None
+    kl: Array | None = None
+    reverse_kl: Array | None = None
 
 
 @flax.struct.dataclass

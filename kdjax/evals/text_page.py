@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax.selection.signals import position_noise
-from kdjax.selection.stats import token_stats
+from kdjax.selection.signals import View, position_noise
+from kdjax.selection.stats import NEEDS_TEACHER, token_stats
 from kdjax.types import Array, Batch, Params, targets_of
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def make_page_step(parts: StepParts) -> PageStep:
     rules = parts.rules
     needs = ("student_entropy", "student_ce", *(signal.needs if signal else ()))
     models = [parts.student]
-    if any(name.startswith("teacher") for name in needs):
+    if any(name in NEEDS_TEACHER for name in needs):
         if parts.teacher is None:
             raise ValueError("teacher.path must be set, got ''; the signal reads the teacher. Name one.")
         models.append(parts.teacher)
@@ -46,7 +46,7 @@ def make_page_step(parts: StepParts) -> PageStep:
         stats = token_stats(dict.fromkeys(needs), sides[0], teacher, labels, implementation=rules.kernels)
         score = jnp.zeros(labels.shape, jnp.float32)
         if signal is not None:
-            score = signal.score(stats, position_noise(key, batch, POSITIONS))
+            score = signal.score(View(stats, eligible, position_noise(key, batch, POSITIONS)))
         selection, _ = parts.policy.select(score, eligible, policy_state)
         rows = jnp.arange(labels.shape[0])[:, None]
         selected = jnp.zeros(labels.shape, bool).at[rows, selection.index].max(selection.weight > 0)

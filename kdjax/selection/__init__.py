@@ -5,7 +5,7 @@ Both are open tables; every signal runs with every policy.
 """
 
 from kdjax.selection.policies import POLICIES, Policy
-from kdjax.selection.signals import SIGNALS, Signal
+from kdjax.selection.signals import SIGNALS, Signal, View
 from kdjax.selection.stats import token_stats
 
-__all__ = ["POLICIES", "SIGNALS", "Policy", "Signal", "token_stats"]
+__all__ = ["POLICIES", "SIGNALS", "Policy", "Signal", "View", "token_stats"]

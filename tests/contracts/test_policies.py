@@ -11,7 +11,7 @@ import pytest
 
 from kdjax.config import Selection as SelectionConfig
 from kdjax.selection import POLICIES, SIGNALS
-from kdjax.selection.signals import position_noise
+from kdjax.selection.signals import View, position_noise
 from kdjax.types import Batch, TokenStats
 
 B, T = 6, 25
@@ -56,7 +56,8 @@ def score_of(policy, signal, row_id=range(B), epoch=0, seed=0):
     zeros = jnp.zeros((len(row_id), T), jnp.int32)
     ids = jnp.asarray(row_id, jnp.int32)
     batch = Batch(zeros, zeros, zeros, zeros.astype(bool), ids, jnp.full_like(ids, epoch), jnp.ones(len(row_id)))
-    return entry.score(TokenStats(**fields), DRAW(jax.random.key(seed), batch, 1))
+    eligible = jnp.asarray(ragged()[row_id % B])
+    return entry.score(View(TokenStats(**fields), eligible, DRAW(jax.random.key(seed), batch, 1)))
 
 
 @functools.cache

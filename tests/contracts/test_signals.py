@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from kdjax.selection import SIGNALS, token_stats
-from kdjax.selection.signals import position_noise
-from kdjax.selection.stats import FIELDS
+from kdjax.selection.signals import View, position_noise
+from kdjax.selection.stats import PAIR, STUDENT, TEACHER
 from kdjax.types import Batch, Head, TokenStats
 from tests.kernels import oracle
 
@@ -35,6 +35,13 @@ def noise(row_id, *, epoch=0, positions=T, seed=0, purpose=1):
     return np.asarray(DRAW(jax.random.key(seed), batch(row_id, epoch, positions), purpose))
 
 
+EVERYWHERE = jnp.ones((B, T), bool)
+
+
+def scored(signal, noise, eligible=EVERYWHERE, **stats):
+    return signal.score(View(TokenStats(**stats), eligible, jnp.asarray(noise)))
+
+
 @every_signal
 def test_reads_only_what_it_declares(name):
     """The rest may be NaN or, as in the step, not there at all; so may the noise of a signal that is not noisy."""
@@ -43,40 +50,113 @@ def test_reads_only_what_it_declares(name):
     clean = noise(range(B)) if signal.noisy else np.full((B, T), np.nan, np.float32)
     kept = {field: stats[field] for field in signal.needs}
     poison = {field: jnp.full((B, T), jnp.nan) for field in NAMES if field not in signal.needs}
-    score = signal.score(TokenStats(**kept, **poison), jnp.asarray(clean))
+    score = scored(signal, clean, **kept, **poison)
     assert (score.shape, score.dtype) == ((B, T), jnp.float32)
     assert np.isfinite(score).all()
-    np.testing.assert_array_equal(score, signal.score(TokenStats(**kept), jnp.asarray(clean)))
+    np.testing.assert_array_equal(score, scored(signal, clean, **kept))
 
 
 @every_signal
 def test_reads_all_that_it_declares(name):
     """What is declared is computed: a pass over a vocabulary that nobody reads would be waste."""
     signal, stats = SIGNALS[name], random_stats()
-    plain = signal.score(TokenStats(**stats), jnp.asarray(noise(range(B))))
+    plain = scored(signal, noise(range(B)), **stats)
     for field in signal.needs:
-        other = signal.score(TokenStats(**{**stats, field: stats[field][::-1]}), jnp.asarray(noise(range(B))))
+        other = scored(signal, noise(range(B)), **{**stats, field: stats[field][::-1]})
         assert not np.array_equal(plain, other), field
-    assert signal.noisy == (
-        not np.array_equal(plain, signal.score(TokenStats(**stats), jnp.asarray(noise(range(B), seed=1))))
-    )
+    assert signal.noisy == (not np.array_equal(plain, scored(signal, noise(range(B), seed=1), **stats)))
 
 
 @every_signal
 def test_positions_are_scored_by_themselves(name):
     """Rows may move together: a score depends on its own row."""
     signal, stats, order = SIGNALS[name], random_stats(), np.array([2, 0, 1])
-    plain = signal.score(TokenStats(**stats), jnp.asarray(noise(range(B))))
+    plain = scored(signal, noise(range(B)), **stats)
     moved = {field: values[order] for field, values in stats.items()}
-    np.testing.assert_array_equal(
-        signal.score(TokenStats(**moved), jnp.asarray(noise(range(B))[order])), np.asarray(plain)[order]
-    )
+    eligible = EVERYWHERE[order]
+    got = scored(signal, noise(range(B))[order], eligible, **moved)
+    np.testing.assert_array_equal(got, np.asarray(plain)[order])
+
+
+@every_signal
+def test_what_is_not_eligible_moves_no_score(name):
+    """Nor does a NaN there, also where a score is relative to its row."""
+    signal, stats, draws = SIGNALS[name], random_stats(), noise(range(B))
+    eligible = np.arange(B * T).reshape(B, T) % 3 > 0
+    clean = np.asarray(scored(signal, draws, jnp.asarray(eligible), **stats))
+    junk = {field: jnp.where(eligible, values, jnp.nan) for field, values in stats.items()}
+    dirty = np.asarray(scored(signal, draws, jnp.asarray(eligible), **junk))
+    np.testing.assert_array_equal(dirty[eligible], clean[eligible])
+    assert np.isfinite(clean).all()
+    flat = {field: jnp.full((B, T), 2.0) for field in stats}  # nothing to scale by, nowhere to look
+    assert np.isfinite(scored(signal, draws, jnp.zeros((B, T), bool), **flat)).all()
+
+
+def test_vectors():
+    """sekd 9.1, 9.3 and 9.20; both sums with the entropy in nats, as the paper has them."""
+    logits, eye = {"student": [0.5, 1.5, -0.5, 0, -1], "teacher": [2.0, 1, 0, -1, -2]}, Head(jnp.eye(5), 5)
+    student, teacher = ((jnp.array([[logits[side]]]), eye) for side in ("student", "teacher"))
+    want = {
+        "kl": 0.4778198667,
+        "reverse_kl": 0.4621568362,
+        "ce_ratio": 0.4080533911,
+        "ce_ratio_plus_entropy": 0.4080533911 + 1.2441059105,
+        "ce_ratio_times_entropy": 0.3154279092 * np.log(5),
+        "unc": 0.765878,
+    }
+    for name, value in want.items():
+        stats = token_stats(SIGNALS[name].needs, student, teacher, jnp.array([[1]]))
+        score = SIGNALS[name].score(View(stats, jnp.ones((1, 1), bool), jnp.zeros((1, 1))))
+        np.testing.assert_allclose(score, [[value]], rtol=2e-6, err_msg=name)
+
+
+def standardised(values):
+    rows = values.reshape(B, T)
+    return (rows - rows.mean(1, keepdims=True)) / rows.std(1, keepdims=True)
+
+
+def in_unit_range(values):
+    rows = values.reshape(B, T)
+    return (rows - rows.min(1, keepdims=True)) / np.ptp(rows, 1, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Entropies, cross-entropies and both KL, [B*T] in float64; norm: ||q - onehot||; p_y: the teacher's label."""
+
+    h: np.ndarray
+    teacher_h: np.ndarray
+    ce: np.ndarray
+    teacher_ce: np.ndarray
+    kl: np.ndarray
+    reverse_kl: np.ndarray
+    norm: np.ndarray
+    p_y: np.ndarray
+
+
+def measured(student, teacher, labels):
+    own, other = oracle.statistics(student, labels), oracle.statistics(teacher, labels)
+    ce, teacher_ce = -own["label_logp"], -other["label_logp"]
+    kl, reverse_kl, norm = oracle.kl(teacher, student), oracle.kl(student, teacher), np.sqrt(own["brier"])
+    return Measured(own["entropy"], other["entropy"], ce, teacher_ce, kl, reverse_kl, norm, np.exp(-teacher_ce))
 
 
 SCORES = {
-    "student_entropy": lambda student, teacher, labels: oracle.statistics(student, labels)["entropy"],
-    "teacher_entropy": lambda student, teacher, labels: oracle.statistics(teacher, labels)["entropy"],
-    "student_ce": lambda student, teacher, labels: -oracle.statistics(student, labels)["label_logp"],
+    "student_entropy": lambda m: m.h,
+    "teacher_entropy": lambda m: m.teacher_h,
+    "student_ce": lambda m: m.ce,
+    "teacher_ce": lambda m: m.teacher_ce,
+    "kl": lambda m: m.kl,
+    "reverse_kl": lambda m: m.reverse_kl,
+    "token_gradient_norm": lambda m: m.norm,
+    "unc": lambda m: 1 - m.p_y,
+    "ce_ratio": lambda m: m.ce / (m.teacher_ce + 1e-6),
+    "ce_ratio_plus_entropy": lambda m: m.ce / (m.teacher_ce + 1e-6) + m.h,
+    "ce_ratio_times_entropy": lambda m: m.ce / (m.teacher_ce + 1e-6) * m.h,
+    "entropy_plus_kl": lambda m: m.h + m.kl,
+    "composite": lambda m: standardised(m.h) + standardised(m.ce) + standardised(m.kl),
+    "entropy_or_kl": lambda m: 1 - (1 - in_unit_range(m.h)) * (1 - in_unit_range(m.kl)),
+    "position": lambda m: np.tile(-np.arange(T, dtype=float), B),
     "random": None,
 }
 
@@ -106,9 +186,11 @@ def test_score_is_what_its_name_says(name):
     if SCORES[name] is None:
         return
     student, teacher, labels = sides()
-    got = SIGNALS[name].score(token_stats(SIGNALS[name].needs, student, teacher, labels), jnp.zeros((B, T)))
-    want = SCORES[name](logits(student), logits(teacher), np.asarray(labels).reshape(-1))
-    np.testing.assert_allclose(np.asarray(got).reshape(-1), want, rtol=1e-5)
+    got = SIGNALS[name].score(
+        View(token_stats(SIGNALS[name].needs, student, teacher, labels), EVERYWHERE, jnp.zeros((B, T)))
+    )
+    want = SCORES[name](measured(logits(student), logits(teacher), np.asarray(labels).reshape(-1)))
+    np.testing.assert_allclose(np.asarray(got), want.reshape(B, T), rtol=2e-5, atol=1e-5)
 
 
 @every_signal
@@ -118,7 +200,7 @@ def test_no_gradient(name):
 
     def total(student, teacher):
         stats = token_stats(SIGNALS[name].needs, student, teacher, labels)
-        return jnp.sum(SIGNALS[name].score(stats, jnp.asarray(noise(range(B)))))
+        return jnp.sum(SIGNALS[name].score(View(stats, EVERYWHERE, jnp.asarray(noise(range(B))))))
 
     gradients = jax.tree.leaves(jax.grad(total, (0, 1))(student, teacher))
     assert not any(gradient.any() for gradient in gradients)
@@ -128,7 +210,7 @@ def test_no_gradient(name):
 
 
 def test_every_statistic_has_a_source():
-    assert set(FIELDS) == set(NAMES)
+    assert [*STUDENT, *TEACHER, *PAIR] == NAMES
 
 
 @pytest.mark.parametrize("needs", [(), ("student_ce",), ("teacher_ce", "student_entropy"), tuple(NAMES)])
@@ -136,17 +218,15 @@ def test_token_stats(needs):
     """What is asked for, [B, T] in nats, and nothing else."""
     student, teacher, labels = sides()
     stats = token_stats(needs, student, teacher, labels)
-    flat = np.asarray(labels).reshape(-1)
-    want = {"student": oracle.statistics(logits(student), flat), "teacher": oracle.statistics(logits(teacher), flat)}
+    m = measured(logits(student), logits(teacher), np.asarray(labels).reshape(-1))
+    want = dict(zip(NAMES, (m.h, m.ce, m.norm, m.teacher_h, m.teacher_ce, m.kl, m.reverse_kl), strict=True))
     for name in NAMES:
         got = getattr(stats, name)
         if name not in needs:
             assert got is None
             continue
-        model, kind = name.split("_")
-        values = want[model]["entropy"] if kind == "entropy" else -want[model]["label_logp"]
         assert got.dtype == jnp.float32
-        np.testing.assert_allclose(got, values.reshape(B, T), rtol=1e-5)
+        np.testing.assert_allclose(got, want[name].reshape(B, T), rtol=2e-5)
 
 
 @pytest.mark.parametrize(("side", "field"), [("student", "teacher_entropy"), ("teacher", "student_ce")])
@@ -157,6 +237,8 @@ def test_a_side_that_nobody_needs_may_be_missing(side, field):
     np.testing.assert_array_equal(
         getattr(token_stats([field], here["student"], here["teacher"], labels), field), getattr(whole, field)
     )
+    with pytest.raises(ValueError, match=f"^selection.signal must not need 'kl', .* there is no {side} here."):
+        token_stats(["kl"], here["student"], here["teacher"], labels)
     own = f"{side}_entropy"
     with pytest.raises(ValueError, match=f"^selection.signal must not need '{own}', .* no {side} here. Choose another"):
         token_stats([own], here["student"], here["teacher"], labels)

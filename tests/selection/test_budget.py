@@ -14,7 +14,7 @@ import pytest
 from kdjax.build import build_objective
 from kdjax.config import Loss
 from kdjax.config import Selection as SelectionConfig
-from kdjax.selection import POLICIES, SIGNALS, token_stats
+from kdjax.selection import POLICIES, SIGNALS, View, token_stats
 from kdjax.selection.policies.base import budget, budgets
 from kdjax.types import DenseTargets, Head, gather_slots
 
@@ -158,7 +158,8 @@ def test_sekd_vector_10(fraction):
         def total(hidden, head):
             signal = SIGNALS["student_entropy"]
             stats = token_stats(signal.needs, (hidden, head), None, labels)
-            selection, _ = policy.select(signal.score(stats, jnp.zeros((b, t))), eligible, policy.init())
+            score = signal.score(View(stats, eligible, jnp.zeros((b, t))))
+            selection, _ = policy.select(score, eligible, policy.init())
             targets = DenseTargets(gather_slots(teacher, selection.index), teacher_head)
             slots, y = gather_slots(hidden, selection.index), gather_slots(labels, selection.index)
             output = objective(slots, head, targets, y, selection, jnp.ones(b), 0)
