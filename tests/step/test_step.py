@@ -175,7 +175,9 @@ def test_student_signal_follows_the_student_alone(bench, batch):
         teacher = made.parts.teacher.hidden(teacher_params, batch), made.parts.teacher.head(teacher_params)
         labels, eligible = targets_of(batch)
         stats = token_stats(made.parts.signal.needs, (hidden, head), teacher, labels)
-        return made.parts.policy.select(made.parts.signal.score(View(stats, eligible, None)), eligible, ())[0].index
+        return made.parts.policy.select(
+            made.parts.signal.score(View(stats, eligible, jnp.zeros(labels.shape))), eligible, ()
+        )[0].index
 
     def shaken(params, seed):
         return jax.tree.map(lambda a: a + 0.3 * jax.random.normal(jax.random.key(seed), a.shape), params)
