@@ -21,7 +21,7 @@ from kdjax.models import tokenizer as tokenizers
 from kdjax.models.io import LoadedModel, load_config, load_model
 from kdjax.optim import make_optimiser
 from kdjax.schedules import Schedule, make_schedule
-from kdjax.selection import POLICIES, SIGNALS, Policy, Signal
+from kdjax.selection import POLICIES, SIGNALS, Chooser
 from kdjax.sharding import Rules, make_rules
 from kdjax.step import LanguageModel, StepParts
 from kdjax.types import Array, Batch, Head, Params
@@ -82,21 +82,23 @@ def build_parts(
                 f"data.seq_len must be at most the {cfg.max_positions} positions that the {name} was made for, got "
                 f"{e.data.seq_len}. Lower it."
             )
-    policy, signal, objective, optimiser, rate = _named_parts(e)
+    chooser, objective, optimiser, rate = _named_parts(e)
     vocab = min(cfg.vocab_size for cfg in (student_cfg, teacher_cfg) if cfg is not None)
     compute = registry.lookup(DTYPES, e.student.compute_dtype, "student.compute_dtype")
     student = language_model(student_cfg, rules, vocab, compute, e.student.remat)
     teacher = None
     if teacher_cfg is not None:
         teacher = language_model(teacher_cfg, rules, vocab, registry.lookup(DTYPES, e.teacher.dtype, "teacher.dtype"))
-    return StepParts(student, teacher, signal, policy, objective, optimiser, rate, rules, e.train.accumulate)
+    return StepParts(student, teacher, chooser, objective, optimiser, rate, rules, e.train.accumulate)
 
 
-def _named_parts(e: Experiment) -> tuple[Policy, Signal, Objective, optax.GradientTransformation, Schedule]:
+def _named_parts(e: Experiment) -> tuple[Chooser, Objective, optax.GradientTransformation, Schedule]:
     """What the step needs besides the models."""
     policy = registry.lookup(POLICIES, e.selection.policy, "selection.policy")(e.selection)
     signal = registry.lookup(SIGNALS, policy.signal or e.selection.signal, "selection.signal")
-    return policy, signal, build_objective(e.loss), *make_optimiser(e.optim, e.train.steps)
+    by_score = e.selection.weighting == "signal"
+    chooser = Chooser(signal if policy.uses_signal or by_score else None, policy, by_score)
+    return chooser, build_objective(e.loss), *make_optimiser(e.optim, e.train.steps)
 
 
 def build_objective(config: schema.Loss) -> Objective:

@@ -70,9 +70,17 @@ class Data:
 class Selection:
     """Which positions are supervised (`kdjax/selection`)."""
 
-    policy: str = "top_fraction"  # all | top_fraction | random_fraction
+    policy: str = "top_fraction"  # all | top_fraction | random_fraction | ...: see kdjax/selection/policies
     signal: str = "student_entropy"
     fraction: float = 0.2
+    weighting: str = "uniform"  # uniform | signal: a selected position counts by its (positive) score
+    quota: str = "row"  # top_fraction, random_fraction: row: of its own length | batch: of the batch's mean length
+    queue: int = 30000  # threshold: scores of the last positions, over all rows, that the threshold is a quantile of
+    slack: float = 2.0  # threshold: room for this many times the fraction; what exceeds it in a row is dropped
+    curriculum_steps: int = 4000  # curriculum: from the easiest positions to the hardest
+    upper: float = 0.8  # bucket: upper end of the band of quantiles; its width is `fraction`
+    corrected: bool = True  # sampled: importance weights, so that the mean over all positions is estimated
+    reserve: float = 0.5  # reserve_mix: share of the budget that is drawn at random
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +91,9 @@ class Loss:
     tau: ScheduleSpec = 1.0  # temperature of the divergences, which are multiplied by tau^2; cross_entropy is at 1
     beta: float = 0.5  # jsd: weight of the teacher in the mixture, in (0, 1)
     skew: float = 0.1  # skew_kl, skew_reverse_kl: share of the teacher (student) in the mixture, in [0, 1)
+    todi_scale: float = 1.0  # todi: how sharply an entry turns from forward to reverse KL
+    akl_mu: float = 0.5  # akl: the probability mass that the head holds at most, in (0, 1)
+    dkd_beta: float = 8.0  # dkd: weight of the divergence among the entries other than the label
     reduction: str = "token"  # token: mean over slots | sample: mean over rows of the row means
 
 
@@ -271,6 +282,13 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "data.heldout_fraction": (lambda v: 0 < v < 1, "in (0, 1)", "both parts need documents"),
     "data.max_train_tokens": _OR_OFF,
     "selection.fraction": (lambda v: 0 < v <= 1, "in (0, 1]", "it is a fraction, 0.2 means 20 %"),
+    "selection.weighting": (*_one_of("uniform", "signal"), "see Selection"),
+    "selection.quota": (*_one_of("row", "batch"), "see Selection"),
+    "selection.queue": _COUNT,
+    "selection.slack": (*_at_least(1), "less would drop positions of an average row"),
+    "selection.curriculum_steps": _COUNT,
+    "selection.upper": (lambda v: 0 < v <= 1, "in (0, 1]", "it is a quantile"),
+    "selection.reserve": (lambda v: 0 <= v <= 1, "in [0, 1]", "it is a share of the budget"),
     "loss.terms": (
         lambda v: len(v) > 0 and all(map(_is_term, v)),
         "a non-empty tuple of (name, weight or schedule)",
@@ -283,6 +301,9 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     ),
     "loss.beta": (lambda v: 0 < v < 1, "in (0, 1)", "JSD is 0 at both ends; use forward_kl or reverse_kl there"),
     "loss.skew": (lambda v: 0 <= v < 1, "in [0, 1)", "at 1 both sides of the divergence are equal"),
+    "loss.todi_scale": (*_at_least(0), "below 0 forward KL would act where reverse KL should"),
+    "loss.akl_mu": (lambda v: 0 < v < 1, "in (0, 1)", "it is a share of the mass; use reverse_kl or forward_kl"),
+    "loss.dkd_beta": (*_at_least(0), "0 leaves the label against the rest"),
     "loss.reduction": (*_one_of("token", "sample"), "see Loss"),
     "optim.learning_rate": (lambda v: v > 0, "positive", "nothing would be learned"),
     "optim.warmup": _OR_OFF,

@@ -84,7 +84,14 @@ def _text_page(built: Built, state: TrainState) -> dict[str, Any]:
     columns = next(iter(heldout_batches(built.data.heldout, built.rules.batch_shards, built.rules.batch_shards)))
     page = make_page_step(built.parts)
     arrays = jax.device_get(
-        page(state.params, built.teacher_params, to_batch(columns, built.rules), state.policy_state, state.key)
+        page(
+            state.params,
+            built.teacher_params,
+            to_batch(columns, built.rules),
+            state.policy_state,
+            state.key,
+            state.step,
+        )
     )
     length = int(np.sum(columns["segment_ids"][0] > 0))
     row = {name: array[0] for name, array in arrays.items()}

@@ -92,6 +92,10 @@ class Rules:
                 head = dataclasses.replace(head, weight=jax.lax.all_gather(head.weight, name, axis=axis, tiled=True))
         return head
 
+    def all_rows(self, array: Array) -> Array:
+        """Inside `rowwise`: the rows of all devices, from this device's."""
+        return array if self.mesh is None else jax.lax.all_gather(array, DATA, axis=0, tiled=True)
+
     def sum_over_batch(self, tree: Any) -> Any:
         """Inside `rowwise`: sums of the devices' sums."""
         return tree if self.mesh is None else jax.lax.psum(tree, DATA)

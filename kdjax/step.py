@@ -23,8 +23,7 @@ from jax.sharding import PartitionSpec as P
 from kdjax import metrics as metric
 from kdjax.losses.objective import Objective
 from kdjax.schedules import Schedule
-from kdjax.selection.policies import Policy
-from kdjax.selection.signals import Signal, View, position_noise
+from kdjax.selection.choose import Chooser
 from kdjax.selection.stats import NEEDS_TEACHER, token_stats
 from kdjax.sharding import Rules
 from kdjax.teacher import live_targets
@@ -32,8 +31,6 @@ from kdjax.types import Array, Batch, Head, LossOutput, Metrics, Params, Selecti
 
 Side = tuple[Array, Head]  # hidden [B, T, D] and the head
 Supervised = tuple[LossOutput, Any, Array]  # loss, policy state, finite rows [B]
-
-POSITIONS = 1  # purpose of the noise: which positions are drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +52,7 @@ class StepParts:
 
     student: LanguageModel
     teacher: LanguageModel | None
-    signal: Signal | None
-    policy: Policy
+    chooser: Chooser
     objective: Objective
     optimiser: optax.GradientTransformation
     learning_rate: Schedule
@@ -75,7 +71,7 @@ class StepReport:
 def init_state(parts: StepParts, params: Params, seed: int) -> TrainState:
     """The state before the first step; jit-able, shardings follow the parameters."""
     key = jax.random.key(seed)
-    return TrainState(jnp.zeros((), jnp.int32), params, parts.optimiser.init(params), parts.policy.init(), key)
+    return TrainState(jnp.zeros((), jnp.int32), params, parts.optimiser.init(params), parts.chooser.policy.init(), key)
 
 
 def make_train_step(parts: StepParts) -> Callable[[TrainState, Params, Batch], tuple[TrainState, StepReport]]:
@@ -181,8 +177,10 @@ def _supervise_rows(
     if teacher is not None and parts.teacher is not None:
         teacher = (teacher[0], rules.gather_head(teacher[1], parts.teacher.head_spec))
     labels, eligible = targets_of(batch)
-    score, measured = _score(parts, (hidden, head), teacher, batch, labels, eligible, key)
-    selection, policy_state = parts.policy.select(score, eligible, policy_state)
+    needs = parts.chooser.needs
+    stats = token_stats(needs, (hidden, head), teacher, labels, implementation=rules.kernels)
+    measured = {name: metric.mean(getattr(stats, name), eligible) for name in needs}
+    selection, policy_state = parts.chooser(stats, batch, eligible, policy_state, key, step, rules.all_rows)
     targets = None
     if teacher is not None and parts.objective.needs_teacher:
         targets = live_targets(teacher[0], teacher[1], selection.index)
@@ -193,23 +191,9 @@ def _supervise_rows(
     return output, policy_state, jnp.isfinite(jnp.sum(hidden.astype(jnp.float32), (1, 2)))
 
 
-def _score(
-    parts: StepParts, student: Side, teacher: Side | None, batch: Batch, labels: Array, eligible: Array, key: Array
-) -> tuple[Array, Metrics]:
-    """The signal's score per position (zeros if nothing reads it), and the statistics worth logging."""
-    zeros = jnp.zeros(labels.shape, jnp.float32)
-    if not parts.policy.uses_signal or parts.signal is None:
-        return zeros, {}
-    stats = token_stats(parts.signal.needs, student, teacher, labels, implementation=parts.rules.kernels)
-    noise = position_noise(key, batch, POSITIONS) if parts.signal.noisy else zeros
-    score = lax.stop_gradient(parts.signal.score(View(stats, eligible, noise)))
-    return score, {name: metric.mean(getattr(stats, name), eligible) for name in parts.signal.needs}
-
-
 def _selected_fraction(selection: Selection, eligible: Array) -> tuple[Array, Array]:
     return jnp.sum(selection.weight > 0, dtype=jnp.float32), jnp.sum(eligible, dtype=jnp.float32)
 
 
 def _needs_teacher(parts: StepParts) -> bool:
-    reads = parts.signal.needs if parts.signal is not None and parts.policy.uses_signal else ()
-    return parts.objective.needs_teacher or any(name in NEEDS_TEACHER for name in reads)
+    return parts.objective.needs_teacher or any(name in NEEDS_TEACHER for name in parts.chooser.needs)

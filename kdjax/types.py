@@ -82,10 +82,15 @@ class TokenStats:
 
 @flax.struct.dataclass
 class Selection:
-    """Fixed-size slots. index: int32 [B, S], ascending within a row; weight: float32 [B, S], 0 = empty slot."""
+    """Fixed-size slots. index: int32 [B, S], ascending within a row; weight: float32 [B, S], 0 = empty slot.
+
+    mass: float32 [B], what a row counts in the mean; None = the sum of its weights, as in any weighted mean. Importance
+    weights have another: they estimate a sum over positions that were not drawn.
+    """
 
     index: Array
     weight: Array
+    mass: Array | None = None
 
 
 @flax.struct.dataclass

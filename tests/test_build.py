@@ -335,7 +335,7 @@ def test_a_term_of_weight_0_is_left_out_and_an_entry_of_elsewhere_is_taken(exper
         experiment(loss__terms=terms, selection__policy="kdjax.selection.policies.all_positions:all_positions")
     )
     assert list(built.parts.objective.terms) == ["kdjax.losses:tvd"]
-    assert not built.parts.policy.uses_signal
+    assert built.parts.chooser.signal is None
 
 
 @pytest.mark.parametrize(("rows", "accumulate", "got"), [(12, 1, 12), (16, 4, 4)])

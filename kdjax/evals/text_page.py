@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax.selection.signals import View, position_noise
 from kdjax.selection.stats import NEEDS_TEACHER, token_stats
 from kdjax.types import Array, Batch, Params, targets_of
 
@@ -18,20 +17,17 @@ if TYPE_CHECKING:
 
     from kdjax.step import StepParts
 
-PageStep = Callable[[Params, Params, Batch, Any, Array], dict[str, Array | None]]
+PageStep = Callable[[Params, Params, Batch, Any, Array, Array], dict[str, Array | None]]
 
 
 def make_page_step(parts: StepParts) -> PageStep:
-    """The jitted (params, teacher_params, batch, policy_state, key) -> arrays for `entropy_page`, all [B, T].
+    """The jitted (params, teacher_params, batch, policy_state, key, step) -> arrays for `entropy_page`, all [B, T].
 
     "entropy", "nll" of the student in nats, "eligible", and "selected": the positions that the run's own signal and
-    policy take. `key` is the run's (TrainState.key). teacher_params is read if the signal needs the teacher.
+    policy take. policy_state, key and step are the run's (TrainState). teacher_params is read if the signal needs it.
     """
-    from kdjax.step import POSITIONS
-
-    signal = parts.signal if parts.policy.uses_signal else None
     rules = parts.rules
-    needs = ("student_entropy", "student_ce", *(signal.needs if signal else ()))
+    needs = ("student_entropy", "student_ce", *parts.chooser.needs)
     models = [parts.student]
     if any(name in NEEDS_TEACHER for name in needs):
         if parts.teacher is None:
@@ -39,26 +35,25 @@ def make_page_step(parts: StepParts) -> PageStep:
         models.append(parts.teacher)
     side_specs = [(rules.batch_spec(3), model.head_spec) for model in models]
 
-    def local(sides: list, batch: Batch, policy_state: Any, key: Array) -> dict[str, Array | None]:
+    def local(sides: list, batch: Batch, policy_state: Any, key: Array, step: Array) -> dict[str, Array | None]:
         sides = [(h, rules.gather_head(head, spec[1])) for (h, head), spec in zip(sides, side_specs, strict=True)]
         labels, eligible = targets_of(batch)
         teacher = sides[1] if len(sides) > 1 else None
         stats = token_stats(dict.fromkeys(needs), sides[0], teacher, labels, implementation=rules.kernels)
-        score = jnp.zeros(labels.shape, jnp.float32)
-        if signal is not None:
-            score = signal.score(View(stats, eligible, position_noise(key, batch, POSITIONS)))
-        selection, _ = parts.policy.select(score, eligible, policy_state)
+        selection, _ = parts.chooser(stats, batch, eligible, policy_state, key, step, rules.all_rows)
         rows = jnp.arange(labels.shape[0])[:, None]
         selected = jnp.zeros(labels.shape, bool).at[rows, selection.index].max(selection.weight > 0)
         return {"entropy": stats.student_entropy, "nll": stats.student_ce, "eligible": eligible, "selected": selected}
 
-    def page_step(params: Params, teacher_params: Params, batch: Batch, policy_state: Any, key: Array) -> dict:
+    def page_step(
+        params: Params, teacher_params: Params, batch: Batch, policy_state: Any, key: Array, step: Array
+    ) -> dict:
         every = (params, teacher_params)
         sides = [(model.hidden(p, batch), model.head(p)) for model, p in zip(models, every, strict=False)]
         whole = jax.sharding.PartitionSpec()
         batch_specs = jax.tree.map(lambda a: rules.batch_spec(a.ndim), batch)
-        run = rules.rowwise(local, (side_specs, batch_specs, whole, whole), rules.batch_spec(2))
-        return run(sides, batch, policy_state, key)
+        run = rules.rowwise(local, (side_specs, batch_specs, whole, whole, whole), rules.batch_spec(2))
+        return run(sides, batch, policy_state, key, step)
 
     return jax.jit(page_step)
 

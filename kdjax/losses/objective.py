@@ -39,16 +39,16 @@ class Objective:
     ) -> LossOutput:
         """The sum over the slots and the count it is to be divided by.
 
-        token: sum_slots w_row w_slot loss, count = sum_slots w_slot. sample: the slot weights of a row are first
-        divided by their sum, count = rows with a slot (SE-KD eq. 3-5). Metrics: each term's mean value at the slots.
+        token: sum_slots w_row w_slot loss, count = sum_rows mass. sample: the slot weights of a row are first divided
+        by its mass, count = rows with a mass (SE-KD eq. 3-5). Metrics: each term's mean value at the slots.
         """
         slots = selection.weight
+        mass = jnp.sum(slots, 1) if selection.mass is None else selection.mass
         if self.reduction == "sample":
-            per_row = jnp.sum(slots, 1, keepdims=True)
-            slots = slots / jnp.maximum(per_row, 1e-30)  # a row without slots stays at 0
-            count = jnp.sum(per_row > 0, dtype=jnp.float32)
+            slots = slots / jnp.maximum(mass, 1e-30)[:, None]  # a row without slots stays at 0
+            count = jnp.sum(mass > 0, dtype=jnp.float32)
         else:
-            count = jnp.sum(slots)
+            count = jnp.sum(mass)
         weight = (slots * row_weight[:, None]).reshape(-1)
         rows = hidden.shape[0] * hidden.shape[1]
         total, values = linear_divergence(

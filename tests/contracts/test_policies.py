@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kdjax.config import Selection as SelectionConfig
-from kdjax.selection import POLICIES, SIGNALS
+from kdjax.selection import POLICIES, SIGNALS, Context
 from kdjax.selection.signals import View, position_noise
 from kdjax.types import Batch, TokenStats
 
@@ -25,7 +25,18 @@ def ceiling(fraction, eligible):
 
 
 # policy -> how many of a row's eligible positions it fills; None = not a function of that number
-BUDGETS = {"all": lambda fraction, eligible: eligible, "top_fraction": ceiling, "random_fraction": ceiling}
+BUDGETS = {
+    "all": lambda fraction, eligible: eligible,
+    "top_fraction": ceiling,
+    "random_fraction": ceiling,
+    "reserve_mix": ceiling,
+    "curriculum": ceiling,
+    "threshold": None,
+    "bucket": None,
+    "sampled": None,
+}
+MAY_BE_EMPTY = ("bucket",)  # a band of one or two positions may lie between them
+NOT_DENSE_AT_1 = ("sampled",)  # draws with replacement
 
 every_policy = pytest.mark.parametrize("policy", POLICIES)
 every_pair = pytest.mark.parametrize(
@@ -46,6 +57,19 @@ def ragged():
     return eligible
 
 
+def config_of(policy, fraction, **options):
+    """A band of all quantiles at fraction 1."""
+    return SelectionConfig(policy=policy, fraction=fraction, upper=max(0.8, fraction), **options)
+
+
+def context(rows, *, step=0, seed=0, epoch=0):
+    """(step, noise) of a step of these rows: what a policy knows besides scores."""
+    ids = jnp.asarray(list(rows), jnp.int32)
+    zeros = jnp.zeros((len(ids), T), jnp.int32)
+    batch = Batch(zeros, zeros, zeros, zeros.astype(bool), ids, jnp.full_like(ids, epoch), jnp.ones(len(ids)))
+    return jnp.int32(step), DRAW(jax.random.key(seed), batch, 2)
+
+
 def score_of(policy, signal, row_id=range(B), epoch=0, seed=0):
     """The scores as the step makes them: of the policy's own signal, if it has one."""
     entry = SIGNALS[policy.signal or signal]
@@ -62,19 +86,20 @@ def score_of(policy, signal, row_id=range(B), epoch=0, seed=0):
 
 @functools.cache
 def made(name, fraction):
-    policy = POLICIES[name](SelectionConfig(policy=name, fraction=fraction))
-    return policy, jax.jit(policy.select)
+    policy = POLICIES[name](config_of(name, fraction))
+    return policy, jax.jit(lambda score, eligible, state, now: policy.select(score, eligible, state, Context(*now)))
 
 
-def select(name, fraction, score, eligible=None):
+def select(name, fraction, score, eligible=None, rows=None):
     policy, program = made(name, fraction)
-    selection, _ = program(score, jnp.asarray(ragged() if eligible is None else eligible), policy.init())
+    now = context(range(len(score)) if rows is None else rows)
+    selection, _ = program(score, jnp.asarray(ragged() if eligible is None else eligible), policy.init(), now)
     return np.asarray(selection.index), np.asarray(selection.weight)
 
 
-def chosen(name, fraction, score, eligible=None):
+def chosen(name, fraction, score, eligible=None, rows=None):
     """The filled positions of each row."""
-    index, weight = select(name, fraction, score, eligible)
+    index, weight = select(name, fraction, score, eligible, rows)
     return [row[filled > 0].tolist() for row, filled in zip(index, weight, strict=True)]
 
 
@@ -96,7 +121,7 @@ def test_contract(policy, signal, fraction):
         assert ragged()[row, positions[filled]].all()
         assert (np.diff(positions[filled]) > 0).all()
         eligible = int(ragged()[row].sum())
-        assert filled.any() == (eligible > 0)
+        assert filled.any() == (eligible > 0) or policy in MAY_BE_EMPTY
         if BUDGETS[policy]:
             assert filled.sum() == BUDGETS[policy](fraction, eligible)
 
@@ -104,6 +129,8 @@ def test_contract(policy, signal, fraction):
 @every_pair
 def test_fraction_1_is_dense(policy, signal):
     """Every eligible position, whatever the scores are."""
+    if policy in NOT_DENSE_AT_1:
+        return
     got = chosen(policy, 1.0, score_of(made(policy, 1.0)[0], signal))
     assert got == [np.flatnonzero(row).tolist() for row in ragged()]
 
@@ -113,7 +140,7 @@ def test_permuting_rows(policy, signal):
     order = np.array([4, 2, 5, 0, 3, 1])
     entry, _ = made(policy, 0.28)
     plain = chosen(policy, 0.28, score_of(entry, signal))
-    moved = chosen(policy, 0.28, score_of(entry, signal, row_id=order), ragged()[order])
+    moved = chosen(policy, 0.28, score_of(entry, signal, row_id=order), ragged()[order], order)
     assert moved == [plain[row] for row in order]
 
 
@@ -136,7 +163,7 @@ def test_strange_scores_select_no_ineligible_position(policy, value):
         score = jnp.copysign(score, value)  # both kinds of NaN: top_k ranks them at opposite ends
     for scores in (score, score.at[:, ::2].set(1.0)):
         for row, positions in enumerate(chosen(policy, 0.28, scores, eligible)):
-            assert positions
+            assert positions or policy in MAY_BE_EMPTY
             assert eligible[row, positions].all()
 
 
@@ -154,7 +181,7 @@ def test_state_survives_the_checkpoint(policy):
     state = entry.init()
     for seed in range(3):
         score = score_of(entry, "student_entropy", seed=seed)
-        _, after = program(score, jnp.asarray(ragged()), state)
+        _, after = program(score, jnp.asarray(ragged()), state, context(range(B), step=seed))
         assert jax.tree.structure(after) == jax.tree.structure(state)
         types = [[(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)] for tree in (state, after)]
         assert types[0] == types[1]
@@ -163,8 +190,8 @@ def test_state_survives_the_checkpoint(policy):
     restored = jax.tree.unflatten(structure, [jnp.asarray(np.asarray(leaf)) for leaf in leaves])
     score = score_of(entry, "student_entropy", seed=9)
     for got, want in zip(
-        jax.tree.leaves(program(score, jnp.asarray(ragged()), restored)),
-        jax.tree.leaves(program(score, jnp.asarray(ragged()), state)),
+        jax.tree.leaves(program(score, jnp.asarray(ragged()), restored, context(range(B), step=9))),
+        jax.tree.leaves(program(score, jnp.asarray(ragged()), state, context(range(B), step=9))),
         strict=True,
     ):
         np.testing.assert_array_equal(got, want)
@@ -175,7 +202,7 @@ def test_rows_are_selected_by_themselves(policy):
     """A row's selection is the same alone and next to others."""
     score = score_of(made(policy, 0.28)[0], "student_entropy")
     together = chosen(policy, 0.28, score)
-    assert chosen(policy, 0.28, score[4:5], ragged()[4:5]) == together[4:5]
+    assert chosen(policy, 0.28, score[4:5], ragged()[4:5], [4]) == together[4:5]
 
 
 @every_policy
@@ -183,7 +210,10 @@ def test_what_it_says_of_its_signal(policy):
     entry, _ = made(policy, 0.28)
     assert entry.signal is None or entry.signal in SIGNALS
     rising = jnp.broadcast_to(jnp.arange(T, dtype=jnp.float32)[None, :], (B, T))
-    assert entry.uses_signal == (chosen(policy, 0.28, rising) != chosen(policy, 0.28, -rising))
+    assert entry.uses_signal == (chosen(policy, 0.28, rising + 1) != chosen(policy, 0.28, T - rising))
+    program, eligible = made(policy, 0.28)[1], jnp.asarray(ragged())
+    draws = [program(rising + 1, eligible, entry.init(), context(range(B), seed=seed))[0].index for seed in (0, 1)]
+    assert entry.noisy == (not np.array_equal(*draws))
 
 
 # --- random_fraction, the control arm

@@ -15,7 +15,7 @@ from kdjax.evals import evaluate, make_eval_step, make_page_step
 from kdjax.evals.evaluation import BINS, Estimate
 from kdjax.losses.objective import Objective
 from kdjax.schedules import make_schedule
-from kdjax.selection import POLICIES, SIGNALS
+from kdjax.selection import POLICIES, SIGNALS, Chooser
 from kdjax.sharding import Rules, make_rules
 from kdjax.step import LanguageModel, StepParts
 from kdjax.types import Batch, Head
@@ -38,9 +38,8 @@ def make_parts(policy, signal, rules=Rules()):
     model, optimiser = bigram_model(rules), optax.sgd(0.1)
     chosen = POLICIES[policy](config.Selection(policy=policy, fraction=0.3))
     objective = Objective({}, {}, make_schedule(1.0, "loss.tau"), "token")
-    return StepParts(
-        model, model, SIGNALS[signal] if signal else None, chosen, objective, optimiser, make_schedule(0.1, "x"), rules
-    )
+    chooser = Chooser(SIGNALS[signal] if signal else None, chosen)
+    return StepParts(model, model, chooser, objective, optimiser, make_schedule(0.1, "x"), rules)
 
 
 def make_params(seed, width=D, scale=1.5):
@@ -200,7 +199,7 @@ def test_mesh_gives_the_same(case, preset):
 )
 def test_page_step_shows_what_the_run_selects(case, policy, signal):
     student, teacher, batch, want = case
-    made = make_page_step(make_parts(policy, signal))(student, teacher, batch, (), jax.random.key(0))
+    made = make_page_step(make_parts(policy, signal))(student, teacher, batch, (), jax.random.key(0), jnp.int32(0))
     for b in range(B):
         targets = [one for one in want if one["row"] == b]
         places = np.flatnonzero(made["eligible"][b])
@@ -217,13 +216,15 @@ def test_page_step_shows_what_the_run_selects(case, policy, signal):
 
 def test_page_step_on_a_mesh(case):
     student, teacher, batch, _ = case
-    want = make_page_step(make_parts("random_fraction", "random"))(student, teacher, batch, (), jax.random.key(5))
+    want = make_page_step(make_parts("random_fraction", "random"))(
+        student, teacher, batch, (), jax.random.key(5), jnp.int32(0)
+    )
     rules = make_rules("dp")
     parts = make_parts("random_fraction", "random", rules)
     everywhere = jax.NamedSharding(rules.mesh, jax.sharding.PartitionSpec())
-    student, teacher, key = jax.device_put((student, teacher, jax.random.key(5)), everywhere)
+    student, teacher, key, step = jax.device_put((student, teacher, jax.random.key(5), jnp.int32(0)), everywhere)
     batch = jax.tree.map(lambda a: jax.device_put(a, rules.batch(a.ndim)), batch)
-    made = make_page_step(parts)(student, teacher, batch, (), key)
+    made = make_page_step(parts)(student, teacher, batch, (), key, step)
     np.testing.assert_array_equal(made["selected"], want["selected"])
     np.testing.assert_allclose(made["entropy"], want["entropy"], rtol=1e-5)
     assert 0 < made["selected"].sum() < made["eligible"].sum()

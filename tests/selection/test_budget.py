@@ -14,9 +14,14 @@ import pytest
 from kdjax.build import build_objective
 from kdjax.config import Loss
 from kdjax.config import Selection as SelectionConfig
-from kdjax.selection import POLICIES, SIGNALS, View, token_stats
+from kdjax.selection import POLICIES, SIGNALS, Context, View, token_stats
 from kdjax.selection.policies.base import budget, budgets
 from kdjax.types import DenseTargets, Head, gather_slots
+
+
+def now(eligible):
+    """The first step of a run; policies of this file read nothing else."""
+    return Context(jnp.int32(0), jnp.zeros(eligible.shape, jnp.float32))
 
 
 def top(score, eligible=None, fraction=0.2):
@@ -24,7 +29,7 @@ def top(score, eligible=None, fraction=0.2):
     score = jnp.atleast_2d(jnp.asarray(score, jnp.float32))
     eligible = jnp.ones(score.shape, bool) if eligible is None else jnp.atleast_2d(jnp.asarray(eligible))
     policy = POLICIES["top_fraction"](SelectionConfig(fraction=fraction))
-    selection, _ = policy.select(score, eligible, policy.init())
+    selection, _ = policy.select(score, eligible, policy.init(), now(eligible))
     index, weight = np.asarray(selection.index), np.asarray(selection.weight)
     return [row[filled > 0].tolist() for row, filled in zip(index, weight, strict=True)]
 
@@ -159,7 +164,7 @@ def test_sekd_vector_10(fraction):
             signal = SIGNALS["student_entropy"]
             stats = token_stats(signal.needs, (hidden, head), None, labels)
             score = signal.score(View(stats, eligible, jnp.zeros((b, t))))
-            selection, _ = policy.select(score, eligible, policy.init())
+            selection, _ = policy.select(score, eligible, policy.init(), now(eligible))
             targets = DenseTargets(gather_slots(teacher, selection.index), teacher_head)
             slots, y = gather_slots(hidden, selection.index), gather_slots(labels, selection.index)
             output = objective(slots, head, targets, y, selection, jnp.ones(b), 0)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from kdjax.kernels import linear_divergence, linear_stats
-from kdjax.selection import View
 from kdjax.sharding import make_rules
 from kdjax.step import make_supervise, make_train_step
 from kdjax.types import targets_of
@@ -174,10 +173,8 @@ def test_student_signal_follows_the_student_alone(bench, batch):
         hidden, head = made.parts.student.hidden(params, batch), made.parts.student.head(params)
         teacher = made.parts.teacher.hidden(teacher_params, batch), made.parts.teacher.head(teacher_params)
         labels, eligible = targets_of(batch)
-        stats = token_stats(made.parts.signal.needs, (hidden, head), teacher, labels)
-        return made.parts.policy.select(
-            made.parts.signal.score(View(stats, eligible, jnp.zeros(labels.shape))), eligible, ()
-        )[0].index
+        stats = token_stats(made.parts.chooser.needs, (hidden, head), teacher, labels)
+        return made.parts.chooser(stats, batch, eligible, (), jax.random.key(0), jnp.int32(0))[0].index
 
     def shaken(params, seed):
         return jax.tree.map(lambda a: a + 0.3 * jax.random.normal(jax.random.key(seed), a.shape), params)

@@ -1,4 +1,4 @@
-"""The contract of a policy, and exact integer budgets."""
+"""The contract of a policy, exact integer budgets, and how positions become slots."""
 
 import dataclasses
 import fractions
@@ -7,22 +7,37 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kdjax.types import Selection
 
 
 @dataclasses.dataclass(frozen=True)
-class Policy:
-    """select(score [B, T], eligible [B, T], state) -> (Selection with S = slots(T), state).
+class Context:
+    """What a policy may know besides scores and its state.
 
-    uses_signal: False if the scores are not read; then no signal is computed.
+    step: int32 [], optimiser updates so far. noise: uniform [B, T] of seed, row, epoch and position; other numbers than
+    a signal's. all_rows(array [B, ...]): the rows of all devices, in the order of the mesh.
+    """
+
+    step: Int[Array, ""]
+    noise: Float[Array, "B T"]
+    all_rows: Callable[[Array], Array] = lambda array: array
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """select(score [B, T], eligible [B, T], state, context) -> (Selection with S = slots(T), state).
+
+    uses_signal: False if the scores are not read; then no signal is computed. noisy: reads context.noise.
     signal: overrides the config's signal. init() -> state, a pytree that lives in the checkpoint.
     """
 
     slots: Callable[[int], int]
-    select: Callable[[Float[Array, "B T"], Bool[Array, "B T"], Any], tuple[Selection, Any]]
+    select: Callable[[Float[Array, "B T"], Bool[Array, "B T"], Any, Context], tuple[Selection, Any]]
     uses_signal: bool = True
+    noisy: bool = False
     signal: str | None = None
     init: Callable[[], Any] = lambda: ()
 
@@ -37,13 +52,43 @@ def sortable(score: Float[Array, "B T"], eligible: Bool[Array, "B T"]) -> Float[
     return jnp.where(eligible, score, -jnp.inf)
 
 
+def take(order: Float[Array, "B T"], count: Int[Array, "B"], size: int) -> Selection:
+    """Of each row the `count` largest of `order` (a result of `sortable`) in `size` slots; ties: the lower index.
+
+    count <= size, and no more than there are entries above -inf.
+    """
+    positions = order.shape[1]
+    _, index = lax.top_k(order, size)  # equal scores: lower index first
+    filled = jnp.arange(size)[None, :] < count[:, None]
+    # Ascending positions with the empty slots last: gathers run forward, and slots are comparable between steps.
+    index = jnp.sort(jnp.where(filled, index, positions), 1)
+    filled = index < positions
+    return Selection(jnp.where(filled, index, 0).astype(jnp.int32), filled.astype(jnp.float32))
+
+
+def ranks(order: Float[Array, "B T"]) -> Int[Array, "B T"]:
+    """The place of each position in its row, the largest at 0; ties: the lower index first."""
+    _, places = lax.top_k(order, order.shape[1])
+    return jnp.argsort(places, axis=1)
+
+
+def eligible_count(eligible: Bool[Array, "B T"]) -> Int[Array, "B"]:
+    """How many of a row's positions may be selected."""
+    return jnp.sum(eligible, 1, dtype=jnp.int32)
+
+
+def exact(fraction: float) -> fractions.Fraction:
+    """A fraction as the decimal it was written as: 0.07 is 7/100, not the float next to it."""
+    return fractions.Fraction(repr(float(fraction)))
+
+
 def budget(fraction: float, eligible: int) -> int:
-    """max(1, ceil(fraction * eligible)), 0 of 0; the fraction is taken as the decimal it was written as.
+    """max(1, ceil(fraction * eligible)), 0 of 0, in exact arithmetic.
 
     Float products round up too far for some budgets: 0.07 of 100 is 7, not 8.
     """
-    exact = fractions.Fraction(repr(float(fraction))) * eligible
-    return min(eligible, max(1, -(-exact.numerator // exact.denominator)))
+    wanted = exact(fraction) * eligible
+    return min(eligible, max(1, -(-wanted.numerator // wanted.denominator)))
 
 
 def budgets(fraction: float, count: Int[Array, "B"], positions: int) -> Int[Array, "B"]:
