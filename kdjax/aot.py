@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -97,10 +98,56 @@ def mesh(chip: str, shape: tuple[int, ...] = (1,), axes: tuple[str, ...] = ("dat
     return Mesh(np.array(devices[:count]).reshape(shape), axes, axis_types=(AxisType.Explicit,) * len(axes))
 
 
-def compile_on(chip: str, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, traced inside a shard_map, compiled for one device of `chip`; args: trees of ShapeDtypeStruct."""
+def trace_on(chip: str, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)` in a shard_map, traced for one device of `chip`, so that it sees that chip as its target.
+
+    args: trees of ShapeDtypeStruct. What comes back is the stage that has `.jaxpr`.
+    """
     grid = mesh(chip)
     whole = jax.shard_map(function, mesh=grid, in_specs=P(), out_specs=P(), check_vma=False)
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(grid, P())), args)
     with jax.set_mesh(grid):
-        return jax.jit(whole).lower(*placed).compile()
+        return jax.jit(whole).trace(*placed)
+
+
+def compile_on(chip: str, function: Callable[..., Any], *args: Any) -> Any:
+    """The same, compiled: has `.as_text()` and `.memory_analysis()`."""
+    traced = trace_on(chip, function, *args)
+    with jax.set_mesh(mesh(chip)):
+        return traced.lower().compile()
+
+
+def vmem_bytes(compiled: Any) -> int | None:
+    """VMEM that the hungriest Mosaic kernel of a TPU program takes, as the compiler states it in the program.
+
+    None if there is no such kernel; XLA's own fusions do not count.
+    """
+    kernels = [line for line in compiled.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+    stated = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"')
+    return max((int(size) for line in kernels for size in stated.findall(line)), default=None)
+
+
+def shared_bytes(traced: Any) -> int | None:
+    """Shared memory of a block of the hungriest Mosaic GPU kernel: the buffers that it declares, without padding.
+
+    traced: of `trace_on`; the compiled program does not say. None if there is no such kernel.
+    """
+    return _declared(traced.jaxpr.jaxpr) or None
+
+
+def _declared(jaxpr: Any) -> int:
+    """Bytes in shared memory that are alive at once: scopes within one another add up, others take turns."""
+    most = 0
+    for equation in jaxpr.eqns:
+        for part in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda value: hasattr(value, "eqns")):
+            inner: Any = getattr(part, "jaxpr", part)  # a closed one has it inside
+            if hasattr(inner, "eqns"):
+                scope = inner.invars if equation.primitive.name == "run_scoped" else ()
+                most = max(most, sum(_in_shared(variable.aval) for variable in scope) + _declared(inner))
+    return most
+
+
+def _in_shared(aval: Any) -> int:
+    if str(getattr(aval, "memory_space", "")).lower() != "smem":
+        return 0
+    return int(np.prod(aval.shape)) * getattr(aval.dtype, "itemsize", 8)  # a barrier has no such size, and 8 bytes

@@ -1,5 +1,9 @@
-"""What all vocabulary kernels share: how rows are cut into tiles, the logits of one tile, sums over the vocabulary."""
+"""What all vocabulary kernels share: how rows and columns are cut up, the logits of a tile, sums over the vocabulary.
 
+A tile is some rows and all of a device's columns; a chunk is some of the columns.
+"""
+
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kdjax.types import Head
 
 MASKED = -1e30  # the logit of a padding column where it cannot be cut off: finite, so 0 * MASKED is 0
+NO_ID = -(2**31)  # the id of a column that does not count; no label has it
 
 
 def row_tiles(rows: int, at_most: int) -> tuple[int, int]:
@@ -104,6 +109,42 @@ def tile_logits(hidden: Float[Array, "C D"], head: Head) -> Float[Array, "C V"]:
     if head.vocab_axis is not None and head.vocab_size < width * lax.axis_size(head.vocab_axis):
         logits = jnp.where((column_ids(head) < head.vocab_size)[None, :], logits, MASKED)
     return logits
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Neighbouring columns of a head, all chunks of one size.
+
+    head: the columns as a head of their own. start: the place of the first in `tile_logits`. first: its vocabulary id.
+    ids: the id of each, or NO_ID for those that do not count: padding, and in the last chunk what the one before has
+    had already. masked: whether there can be any of those.
+    """
+
+    head: Head
+    start: Array
+    first: Array
+    ids: Array
+    masked: bool
+
+
+def chunk_of(head: Head, at: Int[Array, ""], size: int) -> Chunk:
+    """Chunk number `at` of ceil(kept_columns / size); size <= kept_columns."""
+    kept = kept_columns(head)
+    start = jnp.minimum(at * size, kept - size)
+    weight = lax.dynamic_slice_in_dim(head.weight, start, size, 0 if head.vocab_major else 1)
+    first = first_column(head) + start
+    ids, counts = first + lax.iota(jnp.int32, size), start + lax.iota(jnp.int32, size) >= at * size
+    padded = head.vocab_axis is not None and head.vocab_size < kept * lax.axis_size(head.vocab_axis)
+    if padded:
+        counts = counts & (ids < head.vocab_size)
+    masked = padded or kept % size != 0
+    own = dataclasses.replace(head, weight=weight, vocab_size=size, vocab_axis=None)
+    return Chunk(own, start, first, jnp.where(counts, ids, NO_ID) if masked else ids, masked)
+
+
+def mask_chunk(logits: Float[Array, "C X"], chunk: Chunk) -> Float[Array, "C X"]:
+    """`tile_logits(hidden, chunk.head)` with MASKED in the columns that do not count."""
+    return jnp.where((chunk.ids != NO_ID)[None, :], logits, MASKED) if chunk.masked else logits
 
 
 def tile_gradients(

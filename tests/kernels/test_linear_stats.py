@@ -8,24 +8,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax.kernels.linear_stats import IMPLEMENTATIONS, PAIR_IMPLEMENTATIONS, linear_pair_stats, linear_stats
+from kdjax.kernels.linear_stats import (
+    IMPLEMENTATIONS,
+    PAIR_IMPLEMENTATIONS,
+    head_gradient_norm,
+    linear_pair_stats,
+    linear_stats,
+)
 from kdjax.types import Head
 from tests.kernels import oracle
 from tests.kernels.problems import SHAPES, Shape, make_problem
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
-every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+# pallas_gpu takes none of these small float32 shapes and has its own in test_pallas_gpu.py.
+every_implementation = pytest.mark.parametrize("implementation", sorted({*IMPLEMENTATIONS} - {"pallas_gpu"}))
 
 
 @functools.cache  # one program per shape for all tests
-def program(implementation, pair=False):
+def program(implementation, pair=False, top_k=0):
     function = linear_pair_stats if pair else linear_stats
-    return jax.jit(functools.partial(function, implementation=implementation))
+    return jax.jit(functools.partial(function, top_k=top_k, implementation=implementation))
 
 
 def compare(stats, logits, labels, tolerance=1e-5):
     want = oracle.statistics(logits, labels)
-    assert {field.name for field in dataclasses.fields(stats)} == set(want)
+    assert {field.name for field in dataclasses.fields(stats)} == {*want, "top"}
     for name, values in want.items():
         got = getattr(stats, name)
         assert got.dtype == (jnp.int32 if name == "argmax" else jnp.float32)
@@ -114,13 +121,68 @@ def test_vectors(implementation):
 
 
 @every_implementation
-def test_closed_forms(implementation):
-    """What sum_p_sq is for: the norm of the token gradient q - onehot, and the Brier term that it is the root of."""
-    p = make_problem(SHAPES["tied"])
+@pytest.mark.parametrize("name", ["tied", "tiles"])
+def test_gradient_norms(implementation, name):
+    """||q - onehot|| and its outer product with the hidden states, with the logit scale of the head."""
+    p = make_problem(dataclasses.replace(SHAPES[name], logit_scale=-0.5))
     stats = program(implementation)(p.hidden, p.head, p.labels)
     q = np.exp(oracle.log_softmax(p.oracle.logits(p.hidden)))
-    norm = np.linalg.norm(q - np.eye(p.head.vocab_size)[p.labels], axis=-1)
-    np.testing.assert_allclose(jnp.sqrt(stats.sum_p_sq - 2 * jnp.exp(stats.label_logp) + 1), norm, rtol=1e-5)
+    by_logits = q - np.eye(p.head.vocab_size)[p.labels]
+    np.testing.assert_allclose(stats.token_gradient_norm, np.linalg.norm(by_logits, axis=-1), rtol=1e-5)
+    by_head = -0.5 * np.einsum("nv,nd->nvd", by_logits, oracle.f64(p.hidden))
+    norm = np.linalg.norm(by_head.reshape(len(q), -1), axis=-1)
+    np.testing.assert_allclose(head_gradient_norm(stats, p.hidden, p.head), norm, rtol=1e-5)
+
+
+@every_implementation
+@pytest.mark.parametrize("missing", [1e-2, 1e-6, 1e-10, 1e-30])
+def test_gradient_norms_of_sure_labels(implementation, missing):
+    """A label of probability 1 - 1e-6: sum q^2 - 2 q_y + 1 would be rounding alone, brier has all its digits."""
+    logits = np.log(np.array([[1 - missing, *(missing * np.array([0.5, 0.2, 0.3, 0.0]) + 1e-45)]])).astype(np.float32)
+    hidden, labels = jnp.asarray(np.repeat(logits, 3, 0)), jnp.array([0, 0, 1])
+    stats = program(implementation)(hidden, Head(jnp.eye(5), 5), labels)
+    q = np.exp(oracle.log_softmax(hidden))
+    others = np.delete(q[0], 0)
+    sure = np.sqrt((others**2).sum() + others.sum() ** 2)  # q_y - 1 = - the sum of the others, without cancellation
+    unsure = np.linalg.norm(q[2] - np.eye(5)[1])
+    # Squares of 1e-30 underflow in float32: 0, as good as it gets.
+    want = [sure if sure > 1e-18 else 0.0] * 2 + [unsure]
+    np.testing.assert_allclose(stats.token_gradient_norm, want, rtol=1e-5)
+    np.testing.assert_allclose(stats.brier, np.square(want), rtol=2e-5)
+
+
+def test_the_cap_has_no_head_gradient_norm():
+    p = make_problem(SHAPES["tied_padded_capped"])
+    with pytest.raises(ValueError, match="^head.soft_cap must be 0, got 4.0; .* Use token_gradient_norm"):
+        head_gradient_norm(program("xla")(p.hidden, p.head, p.labels), p.hidden, p.head)
+
+
+@every_implementation
+@pytest.mark.parametrize("name", ["empty", "tied", "untied_padded", "tiles_tied_padded_capped"])
+def test_top_k(implementation, name):
+    """The largest entries of both sides, by the way."""
+    p = make_problem(SHAPES[name])
+    for k in (1, 5):
+        pair = program(implementation, True, k)(p.hidden, p.head, p.teacher_hidden, p.teacher_head, p.labels)
+        one = program(implementation, False, k)(p.hidden, p.head, p.labels)
+        assert program(implementation)(p.hidden, p.head, p.labels).top is None
+        student, teacher = p.oracle.logits(p.hidden), p.teacher_oracle.logits(p.teacher_hidden)
+        for stats, logits in ((pair.student, student), (pair.teacher, teacher), (one, student)):
+            order = np.argsort(-logits, -1, kind="stable")[:, :k]
+            np.testing.assert_array_equal(stats.top.ids, order)
+            logp = np.take_along_axis(oracle.log_softmax(logits), order, 1)
+            np.testing.assert_allclose(stats.top.logp, logp, rtol=1e-5, atol=2e-6)
+            assert (stats.top.ids.dtype, stats.top.logp.dtype) == (jnp.int32, jnp.float32)
+
+
+@every_implementation
+def test_top_k_takes_the_lower_index(implementation):
+    """All of them, across chunks of columns: 40 columns in chunks of 16, of which the last one starts again at 24."""
+    logits = np.zeros((2, 40), np.float32)
+    logits[0, [5, 20, 39]] = 3.0
+    logits[1, :] = -7.0
+    top = program(implementation, False, 40)(jnp.asarray(logits), Head(jnp.eye(40), 40), jnp.zeros(2, jnp.int32)).top
+    np.testing.assert_array_equal(top.ids, np.argsort(-logits, -1, kind="stable"))
 
 
 @every_implementation
@@ -167,10 +229,15 @@ def test_errors():
     other = dataclasses.replace(p.head, vocab_size=12)
     with pytest.raises(ValueError, match="^teacher_head.vocab_size must equal the student's 12, got 13; .* Set both"):
         linear_pair_stats(p.hidden, other, *rest)
+    for k in (-1, 14):
+        with pytest.raises(ValueError, match=f"^top_k must be between 0 and the 13 entries .*, got {k}; .* Set it to"):
+            linear_stats(p.hidden, p.head, p.labels, top_k=k)
+        with pytest.raises(ValueError, match=f"^top_k must be between 0 and the 13 entries .*, got {k}; .* Set it to"):
+            linear_pair_stats(p.hidden, p.head, *rest, top_k=k)
 
 
 def test_the_default_is_xla(monkeypatch):
-    def ran(*rows):
+    def ran(*rows, **options):
         raise RuntimeError("xla ran")
 
     monkeypatch.setitem(IMPLEMENTATIONS, "xla", ran)

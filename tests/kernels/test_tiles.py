@@ -9,7 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax.kernels.tiles import log_softmax, row_tiles, split_rows, tile_gradients, tile_logits, tile_softmax
+from kdjax.kernels.tiles import (
+    MASKED,
+    NO_ID,
+    chunk_of,
+    log_softmax,
+    mask_chunk,
+    row_tiles,
+    split_rows,
+    tile_gradients,
+    tile_logits,
+    tile_softmax,
+)
 from tests.kernels import oracle
 from tests.kernels.problems import SHAPES, make_problem
 
@@ -56,6 +67,28 @@ def test_tile_logits(name):
     logits = tile_logits(p.hidden, p.head)
     assert logits.shape == (SHAPES[name].rows, SHAPES[name].vocab)
     np.testing.assert_allclose(logits, p.oracle.logits(p.hidden), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tied", "untied_padded", "tied_padded_capped", "tiles_tied_padded_capped"])
+@pytest.mark.parametrize("size", [1, 4, 5])
+def test_chunks(name, size):
+    """Of equal size, each id once, the rest masked; together they are the tile, and their gradients its gradient."""
+    p = make_problem(SHAPES[name])
+    whole = np.asarray(tile_logits(p.hidden, p.head))
+    seen = []
+    for at in range(-(-p.head.vocab_size // size)):
+        chunk = chunk_of(p.head, jnp.int32(at), size)
+        raw = tile_logits(p.hidden, chunk.head)
+        start, ids, counts = int(chunk.start), np.asarray(chunk.ids), np.asarray(chunk.ids != NO_ID)
+        np.testing.assert_allclose(raw, whole[:, start : start + size], rtol=1e-5, atol=1e-5)
+        masked = np.asarray(mask_chunk(raw, chunk))
+        np.testing.assert_array_equal(masked[:, counts], np.asarray(raw)[:, counts])
+        assert (masked[:, ~counts] == MASKED).all()
+        assert chunk.masked or counts.all()
+        assert int(chunk.first) == start
+        np.testing.assert_array_equal(ids[counts], np.arange(start, start + size)[counts])
+        seen.extend(ids[counts])
+    assert seen == list(range(p.head.vocab_size))
 
 
 def test_tile_logits_of_bfloat16_are_not_rounded():

@@ -12,15 +12,20 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kdjax.kernels import _dispatch
-from kdjax.kernels.linear_divergence import reference, xla
+from kdjax.kernels.linear_divergence import pallas_gpu, pallas_tpu, reference, xla
 from kdjax.kernels.linear_divergence.api import Pair, Term
 from kdjax.kernels.tiles import check_pair
 from kdjax.types import Head
 
 __all__ = ["IMPLEMENTATIONS", "Pair", "Term", "linear_divergence"]
 
-IMPLEMENTATIONS = {"reference": reference.linear_divergence, "xla": xla.linear_divergence}
-DECLINES: dict[str, _dispatch.Declines] = {}
+IMPLEMENTATIONS = {
+    "reference": reference.linear_divergence,
+    "xla": xla.linear_divergence,
+    "pallas_tpu": pallas_tpu.linear_divergence,
+    "pallas_gpu": pallas_gpu.linear_divergence,
+}
+DECLINES: dict[str, _dispatch.Declines] = {"pallas_tpu": pallas_tpu.declines, "pallas_gpu": pallas_gpu.declines}
 
 
 def linear_divergence(

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kdjax.kernels import _dispatch
-from kdjax.kernels.linear_stats import reference, xla
+from kdjax.kernels.linear_stats import pallas_gpu, pallas_tpu, reference, xla
 from kdjax.kernels.linear_stats.api import LinearStats, PairStats, head_gradient_norm
 from kdjax.kernels.tiles import check_pair
 from kdjax.types import Head
@@ -25,21 +25,39 @@ __all__ = [
     "linear_stats",
 ]
 
-IMPLEMENTATIONS = {"reference": reference.linear_stats, "xla": xla.linear_stats}
-PAIR_IMPLEMENTATIONS = {"reference": reference.linear_pair_stats, "xla": xla.linear_pair_stats}
-DECLINES: dict[str, _dispatch.Declines] = {}
+IMPLEMENTATIONS = {
+    "reference": reference.linear_stats,
+    "xla": xla.linear_stats,
+    "pallas_tpu": pallas_tpu.linear_stats,
+    "pallas_gpu": pallas_gpu.linear_stats,
+}
+PAIR_IMPLEMENTATIONS = {
+    "reference": reference.linear_pair_stats,
+    "xla": xla.linear_pair_stats,
+    "pallas_tpu": pallas_tpu.linear_pair_stats,
+    "pallas_gpu": pallas_gpu.linear_pair_stats,
+}
+DECLINES: dict[str, _dispatch.Declines] = {"pallas_tpu": pallas_tpu.declines, "pallas_gpu": pallas_gpu.declines}
 
 
 def linear_stats(
-    hidden: Float[Array, "N D"], head: Head, labels: Int[Array, "N"], *, implementation: str | None = None
+    hidden: Float[Array, "N D"],
+    head: Head,
+    labels: Int[Array, "N"],
+    *,
+    top_k: int = 0,
+    implementation: str | None = None,
 ) -> LinearStats:
     """Statistics of softmax(hidden @ head) per row, float32, nats, at temperature 1; no gradient.
 
-    A label outside the vocabulary gives NaN where the label is read and leaves the rest of the row as it is.
+    A label outside the vocabulary gives NaN where the label is read and leaves the rest of the row as it is. With
+    top_k > 0 also the `top` entries of each row, as of the op `topk`; ValueError if the vocabulary has fewer.
     """
+    _check_top_k(top_k, head)
     chosen = _dispatch.choose("linear_stats", IMPLEMENTATIONS, DECLINES, implementation, hidden, head)
     # At the entrance, not only of the results: else differentiation around the call would carry tangents through it.
-    return _without_unknown_labels(chosen(*lax.stop_gradient((hidden, head)), labels), labels, head)
+    stats = chosen(*lax.stop_gradient((hidden, head)), labels, top_k=top_k)
+    return _without_unknown_labels(stats, labels, head)
 
 
 def linear_pair_stats(
@@ -49,6 +67,7 @@ def linear_pair_stats(
     teacher_head: Head,
     labels: Int[Array, "N"],
     *,
+    top_k: int = 0,
     implementation: str | None = None,
 ) -> PairStats:
     """`linear_stats` of student and teacher and the two KL divergences between them, in one pass; no gradient.
@@ -56,14 +75,23 @@ def linear_pair_stats(
     Both heads must have the same `vocab_size`, else ValueError; their weights may differ in padding columns.
     """
     check_pair(head, teacher_head)
+    _check_top_k(top_k, head)
     sides = (hidden, head, teacher_hidden, teacher_head)
     chosen = _dispatch.choose("linear_pair_stats", PAIR_IMPLEMENTATIONS, DECLINES, implementation, *sides)
-    pair = chosen(*lax.stop_gradient(sides), labels)
+    pair = chosen(*lax.stop_gradient(sides), labels, top_k=top_k)
     return dataclasses.replace(
         pair,
         student=_without_unknown_labels(pair.student, labels, head),
         teacher=_without_unknown_labels(pair.teacher, labels, head),
     )
+
+
+def _check_top_k(top_k: int, head: Head) -> None:
+    if not 0 <= top_k <= head.vocab_size:
+        raise ValueError(
+            f"top_k must be between 0 and the {head.vocab_size} entries of the vocabulary, got {top_k}; padding is "
+            "never returned. Set it to at most head.vocab_size."
+        )
 
 
 def _without_unknown_labels(stats: LinearStats, labels: Int[Array, "N"], head: Head) -> LinearStats:

@@ -4,6 +4,7 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from kdjax.kernels.topk.api import TopK
 from kdjax.types import Array, Head
 
 
@@ -15,6 +16,7 @@ class LinearStats:
     of the arg-max. argmax: the lower index on ties.
     brier: sum_v (q_v - [v = label])^2 = sum q^2 - 2 q[label] + 1, formed without that cancellation, so that it is exact
     to rounding for labels of probability near 1, too.
+    top: the top_k most likely entries, ids and log-probabilities [N, top_k]; None if they were not asked for.
     """
 
     logz: Array
@@ -24,6 +26,7 @@ class LinearStats:
     max_logp: Array
     argmax: Array
     brier: Array
+    top: TopK | None = None
 
     @property
     def token_gradient_norm(self) -> Array:
