@@ -195,14 +195,14 @@ def check_docstrings(sources: Sources) -> Complaints:
 
 
 def check_vocabulary(sources: Sources) -> Complaints:
-    wanted = {"softmax", "log_softmax", "logsumexp"}
-    for path, tree in trees(sources, "kdjax"):
+    # jax.nn.log_softmax and jax.scipy's logsumexp as well as optax.softmax_cross_entropy and its like
+    for path, tree in trees(sources):
         if path.startswith("kdjax/kernels/") or path in SOFTMAX_OUTSIDE_KERNELS:
             continue
         for node in ast.walk(tree):
-            found = {alias.name for alias in node.names} & wanted if isinstance(node, ast.ImportFrom) else set()
-            found |= {node.attr} & wanted if isinstance(node, ast.Attribute) else set()
-            for name in found:
+            found = {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
+            found |= {node.attr} if isinstance(node, ast.Attribute) else set()
+            for name in sorted(name for name in found if re.search("softmax|logsumexp", name)):
                 yield f"{path}:{node.lineno}: {name}; statistics over the vocabulary are the kernels'"
 
 
@@ -337,6 +337,7 @@ BAD = [
     ("docstrings", {"kdjax/a.py": DOC + "class C: pass"}, "C has no docstring"),
     ("vocabulary", {"kdjax/losses/a.py": "jax.nn.softmax(x)"}, "softmax;"),
     ("vocabulary", {"kdjax/step.py": "from jax.scipy.special import logsumexp"}, "logsumexp;"),
+    ("vocabulary", {"launch/a.py": "optax.softmax_cross_entropy(x, y)"}, "launch/a.py:1: softmax_cross_entropy;"),
     ("machine_paths", {"README.md": "see\n/" + "work/x"}, "README.md:2"),
     ("machine_paths", {"kdjax/a.py": "'/" + "tmp/venv/bin'"}, "a place on somebody's machine"),
     ("commands", {"README.md": "python -m launch.trian --x"}, "launch.trian does not exist"),
@@ -368,7 +369,12 @@ GOOD = {
     "owners": {"kdjax/build.py": "from kdjax.losses import LOSSES", "kdjax/checkpoint.py": "import orbax.checkpoint"},
     "conduct": {"kdjax/a.py": "try: f()\nexcept OSError: pass", "tests/a.py": "import torch\nassert torch"},
     "docstrings": {"kdjax/a.py": DOC + "def f():\n    'Said.'\ndef _g(): pass"},
-    "vocabulary": {"kdjax/kernels/a.py": "jax.nn.softmax(x)", "kdjax/models/layers.py": "jax.nn.softmax(x)"},
+    "vocabulary": {
+        "kdjax/kernels/a.py": "jax.nn.softmax(x)",
+        "kdjax/models/layers.py": "jax.nn.softmax(x)",
+        "launch/a.py": "'softmax'",
+        "tests/a.py": "jax.nn.softmax(x)",
+    },
     "machine_paths": {"README.md": "runs/work/a and ./home/x and https://x.org/root/"},
     "commands": {"README.md": "It will make sure: `make test`, --config=<yours>.py", "Makefile": "test: x\n"},
     "requirements": {"pyproject.toml": TOML, "requirements.txt": "jax==0.11", "kdjax/a.py": "import os, jax, wandb"},

@@ -8,11 +8,14 @@ from collections.abc import Callable
 
 from kdjax.config import Loss
 from kdjax.kernels.linear_divergence import Term
+from kdjax.losses.akl import akl
 from kdjax.losses.cross_entropy import cross_entropy
+from kdjax.losses.dkd import dkd
 from kdjax.losses.forward_kl import forward_kl
 from kdjax.losses.jsd import jsd
 from kdjax.losses.reverse_kl import reverse_kl
 from kdjax.losses.skew_kl import skew_kl, skew_reverse_kl
+from kdjax.losses.todi import todi
 from kdjax.losses.tvd import tvd
 
 LOSSES: dict[str, Callable[[Loss], Term]] = {
@@ -22,5 +25,8 @@ LOSSES: dict[str, Callable[[Loss], Term]] = {
     "skew_kl": skew_kl,
     "skew_reverse_kl": skew_reverse_kl,
     "tvd": tvd,
+    "todi": todi,
+    "akl": akl,
+    "dkd": dkd,
     "cross_entropy": cross_entropy,
 }
