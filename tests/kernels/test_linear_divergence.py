@@ -21,13 +21,19 @@ FORWARD = Term(lambda pair: pair.p * (pair.logp - pair.logq), gradient_sum=-1.0)
 SQUARE = Term(lambda pair: jnp.square(pair.p - pair.q))  # its gradient sum differs from row to row
 SURPRISE = Term(lambda pair: jnp.where(pair.is_label, -pair.logq, 0.0), False, False, gradient_sum=-1.0)
 CONFIDENCE = Term(lambda pair: pair.q * pair.logq, teacher=False)
+# A number of the teacher's row, from the whole vocabulary, scales it.
+SHARPNESS = Term(
+    lambda pair: pair.row * jnp.square(pair.p - pair.q),
+    row_scalars=lambda pair, vocab_sum: vocab_sum(jnp.square(pair.p)),
+)
 NUMPY = {
     FORWARD: lambda logp, logq, is_label: (np.exp(logp) * (logp - logq)).sum(-1),
     SQUARE: lambda logp, logq, is_label: ((np.exp(logp) - np.exp(logq)) ** 2).sum(-1),
     SURPRISE: lambda logp, logq, is_label: -(logq * is_label).sum(-1),
     CONFIDENCE: lambda logp, logq, is_label: (np.exp(logq) * logq).sum(-1),
+    SHARPNESS: lambda logp, logq, is_label: (np.exp(logp) ** 2).sum(-1) * ((np.exp(logp) - np.exp(logq)) ** 2).sum(-1),
 }
-MIXTURE = {FORWARD: 0.7, SQUARE: 2.0, SURPRISE: 1.3, CONFIDENCE: -0.4}
+MIXTURE = {FORWARD: 0.7, SQUARE: 2.0, SURPRISE: 1.3, CONFIDENCE: -0.4, SHARPNESS: 1.6}
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 # pallas_gpu takes none of these small float32 shapes and has its own in test_pallas_gpu.py.
@@ -99,7 +105,7 @@ def test_against_the_oracle(implementation, name):
     p = make_problem(shape)
     _, _, _, d_weight = got = with_gradients(implementation, p, MIXTURE, 1.7)
     compare(got, expected(p, MIXTURE, 1.7), 1e-5, 1e-4)
-    assert [array.shape for array in got] == [(), (4, shape.rows), p.hidden.shape, p.head.weight.shape]
+    assert [array.shape for array in got] == [(), (len(MIXTURE), shape.rows), p.hidden.shape, p.head.weight.shape]
     assert {array.dtype for array in got} == {jnp.dtype("float32")}
     padding = d_weight[shape.vocab :] if shape.vocab_major else d_weight[:, shape.vocab :]
     assert not padding.any()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax.kernels.sparse_divergence import IMPLEMENTATIONS, KINDS, block_sizes, sparse_divergence
+from kdjax.kernels.sparse_divergence import IMPLEMENTATIONS, KINDS, block_sizes, sparse_divergence, xla
 from kdjax.types import Head
 from tests.kernels import oracle
 from tests.kernels.problems import SHAPES, Shape, make_problem
@@ -28,9 +28,14 @@ from tests.kernels.stored import (
     with_gradients,
 )
 
-pytestmark = pytest.mark.usefixtures("small_tiles")
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 in_tiles = pytest.mark.parametrize("implementation", sorted(set(IMPLEMENTATIONS) - {"reference"}))
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Tiles of 64 rows: 300 rows are several, the last one ragged."""
+    monkeypatch.setattr(xla, "ROWS", 64)
 
 
 @every_implementation
