@@ -41,7 +41,7 @@ $(STAMPS)/core: $(STAMPS)/venv requirements.txt
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/venv requirements.txt requirements-dev.txt
-	@echo "== installing requirements-dev.txt (about two minutes, once)"
+	@echo "== installing requirements-dev.txt (about three minutes, once; 200 MB of it is the TPU compiler)"
 	@$(PIP) -r requirements-dev.txt >$(VENV)/install.log 2>&1 || { cat $(VENV)/install.log >&2; exit 1; }
 	@touch $(STAMPS)/core $@
 

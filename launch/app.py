@@ -13,6 +13,11 @@ from ml_collections import ConfigDict, config_flags
 # transformers announces at import that torch is absent; here it always may be.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
+# libtpu, which requirements-dev.txt has as a compiler, complains where it finds no TPU and no names for one.
+if not any(vendor.read_text().strip() == "0x1ae0" for vendor in Path("/sys/bus/pci/devices").glob("*/vendor")):
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
 FLAGS = flags.FLAGS
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")  # --config.train.steps=3, --noconfig.log.tensorboard
 
