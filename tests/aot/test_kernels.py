@@ -96,7 +96,8 @@ def test_mosaic_kernels_compile_without_a_copy_of_the_head(chip, name, dtype, op
     program, arguments = compiled(chip, op, name, dtype, "pallas_tpu")
     assert "tpu_custom_call" in program.as_text()
     assert not large_arrays(program, arguments)
-    assert own_temporary(program, arguments, shapes.CASES[op].gradient) < size(arguments.head.weight) / 2
+    # Gradients are written where they are wanted, so there is no place for a copy of either head.
+    assert program.memory_analysis().temp_size_in_bytes < size(arguments.head.weight) / 2
     assert 0 < aot.vmem_bytes(program) <= 128 * 2**20
 
 
@@ -105,9 +106,8 @@ def test_tiled_xla_compiles(chip, name, dtype, op):
     program, arguments = compiled(chip, op, name, dtype, "xla")
     assert "tpu_custom_call" not in program.as_text()
     assert not large_arrays(program, arguments)
-    whole = (
-        4 * arguments.hidden.shape[0] * arguments.head.vocab_size
-    )  # one [N, V] in float32; the dense path keeps several
+    # One [N, V] in float32; the dense path keeps several.
+    whole = 4 * arguments.hidden.shape[0] * arguments.head.vocab_size
     assert own_temporary(program, arguments, shapes.CASES[op].gradient) < whole
 
 

@@ -33,7 +33,9 @@ def needed(rows: int, columns: int, width: int, entries: int, itemsize: int) -> 
     gradient = max(rows, columns) * wide * (4 + 2 * itemsize)
     gradient += columns * wide * itemsize  # the head's block with its end cut off
     numbers = 2 * rows * (2 * stored + LANES) * 4
-    return hidden + weight + logits + gradient + numbers
+    # A float32 product takes its operands apart into three of bfloat16.
+    parts = (rows + columns) * wide * 6 if itemsize == 4 else 0
+    return hidden + weight + logits + gradient + numbers + parts
 
 
 def up(number: int, multiple: int) -> int:
