@@ -60,6 +60,7 @@ def test_no_buffer_of_batch_positions_vocabulary():
         assert max(sizes) == VOCAB * STUDENT.width, sizes[max(sizes)]
         assert max(sizes) < ROWS * LENGTH * VOCAB
         temporary[policy] = compiled.memory_analysis().temp_size_in_bytes / 2**20
-    # One [B, T, V] in float32 is 384 MiB; a naive step holds both logits and their gradients.
-    assert temporary["top_fraction"] < 1000, temporary
-    assert temporary["top_fraction"] < temporary["all"] < 1040, temporary
+    # One [B, T, V] in float32 is 384 MiB; a naive step holds both logits and their gradients. What is left here is the
+    # trunks' and the gradients', so that the fraction of the positions makes no difference to it.
+    assert max(temporary.values()) < 860, temporary
+    assert abs(temporary["top_fraction"] - temporary["all"]) < 5, temporary

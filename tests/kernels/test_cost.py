@@ -1,5 +1,8 @@
 """What the XLA implementations cost on this machine, against the matrix products that they cannot do without and
 against naive code: memory always, time as medians of paired rounds in tests marked slow.
+
+Time is processor time, of all threads: the tests of another worker, on the same cores, then count for neither side. The
+bench (python -m launch.bench --suite=kernels) has the same ratios in wall time, for a machine that does nothing else.
 """
 
 import dataclasses
@@ -42,19 +45,19 @@ def timed(what, op, shape):
 def at_most(limit, ours, theirs, scale=1.0):
     """Asserts that the median over rounds of time(ours) / (scale time(theirs)) keeps `limit`, in one of 3 attempts.
 
-    Both run in turn in each round, so that whatever else the machine does slows down both. Cores that are taken away
-    for a while can still spoil an attempt, hence the three; code that is too slow fails them all.
+    Both run in turn in each round, so that whatever else the machine does slows down both. Caches that others fill can
+    still spoil an attempt, hence the three; code that is too slow fails them all.
     """
     ours(), theirs()
     seen = []
     for _ in range(3):
         ratios = []
         for _ in range(5):
-            start = time.perf_counter()
+            start = time.process_time()
             theirs()
-            between = time.perf_counter()
+            between = time.process_time()
             ours()
-            ratios.append((time.perf_counter() - between) / (between - start) / scale)
+            ratios.append((time.process_time() - between) / (between - start) / scale)
         seen.append(statistics.median(ratios))
         if seen[-1] <= limit:
             return
