@@ -23,7 +23,7 @@ SURPRISE = Term(lambda pair: jnp.where(pair.is_label, -pair.logq, 0.0), False, F
 CONFIDENCE = Term(lambda pair: pair.q * pair.logq, teacher=False)
 # A number of the teacher's row, from the whole vocabulary, scales it.
 SHARPNESS = Term(
-    lambda pair: pair.row * jnp.square(pair.p - pair.q),
+    lambda pair: pair.row[:, 0:1] * jnp.square(pair.p - pair.q),
     row_scalars=lambda pair, vocab_sum: vocab_sum(jnp.square(pair.p)),
 )
 NUMPY = {

@@ -24,7 +24,7 @@ TERMS = (
     Term(lambda pair: pair.p * (pair.logp - pair.logq), gradient_sum=-1.0),
     Term(lambda pair: jnp.square(pair.p - pair.q)),
     Term(
-        lambda pair: pair.row * jnp.abs(pair.p - pair.q),
+        lambda pair: pair.row[:, 0:1] * jnp.abs(pair.p - pair.q),
         row_scalars=lambda pair, vocab_sum: vocab_sum(jnp.square(pair.p)),
     ),
     Term(lambda pair: jnp.where(pair.is_label, -pair.logq, 0.0), False, False, gradient_sum=-1.0),

@@ -46,6 +46,7 @@ def linear_divergence(
     total = sum_n weight_n sum_m coefficient_m tau_m^2 value_mn, with tau_m = tau for tempered terms, else 1. Rows of
     weight 0 add nothing, whatever they hold. `values` are in nats, without tau^2 and coefficients, under stop-gradient.
     `total` is differentiable with respect to `hidden` and `head.weight` alone; the teacher never gets a gradient.
+    A label must be an id of the vocabulary wherever the weight is not 0, if a term reads is_label.
     Teacher arguments may be None if no term reads the teacher. Raises ValueError if a term needs what is None or the
     two heads disagree on `vocab_size`.
     """

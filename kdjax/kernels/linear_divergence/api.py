@@ -36,7 +36,9 @@ class Term:
     gradient_sum: c = sum_v dvalue/dlogq_v if it is the same for all rows (-1 for any -sum p log q): one reduction less.
     row_scalars(pair, vocab_sum) -> [C, R]: numbers of a whole row that `value` needs, such as a threshold; from the
     whole vocabulary, before the pass that evaluates `value`, under stop-gradient. `pair.row` is None there, and sums
-    over columns must go through `vocab_sum`: a tile may hold one device's columns only.
+    over columns must go through `vocab_sum`: a tile may hold one device's columns only. `value` reads number k of them
+    as pair.row[:, k : k + 1].
+    For the chips' kernels `value` may use what Mosaic lowers: arithmetic, exp, log, log1p, tanh, logistic, where, ...
     """
 
     value: Callable[[Pair], Array]
