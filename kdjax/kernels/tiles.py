@@ -194,3 +194,22 @@ def tile_softmax(
 def sum_over_axis(tree: Any, axis: str | None) -> Any:
     """The sum over the devices of `axis`; a cotangent that comes back through it is summed likewise."""
     return tree if axis is None else jax.lax.psum(tree, axis)
+
+
+def zero_tangents(tree: Any) -> Any:
+    """The cotangents of what a kernel does not differentiate."""
+
+    def zero(array: Array) -> Any:
+        inexact = jnp.issubdtype(array.dtype, jnp.inexact)
+        return jnp.zeros_like(array) if inexact else jnp.zeros(array.shape, jax.dtypes.float0)
+
+    return jax.tree.map(zero, tree)
+
+
+def formed_gradients(kept: Any, cotangent: Float[Array, ""]) -> tuple[Array, Head, Any]:
+    """The cotangents of (hidden, head, rest) from kept = (d_hidden, d_weight, head, rest) of the forward pass."""
+    d_hidden, d_weight, head, rest = kept
+    # The total is a sum over the devices of the axis, whose transpose is a sum.
+    scale = sum_over_axis(cotangent, head.vocab_axis)
+    d_head = dataclasses.replace(head, weight=d_weight * scale.astype(d_weight.dtype))
+    return d_hidden * scale.astype(d_hidden.dtype), d_head, zero_tangents(rest)

@@ -157,8 +157,9 @@ def test_declines():
     half = make_problem(Shape(2, 3, width=4096, teacher_width=5120), jnp.bfloat16)
     assert pallas_tpu.declines(v4, *arguments(half)[:4]) is None
     assert pallas_tpu.declines(v4, p.hidden[:, :1024], Head(p.head.weight[:1024], 3), None, None) is None
-    assert pallas_tpu.declines(v5e, *arguments(make_problem(Shape(2, 3), jnp.float16))[:4]) is not None
-    assert pallas_tpu.declines(_dispatch.Target("gpu", "NVIDIA H100"), *arguments(half)[:4]) is not None
+    narrow, gpu = make_problem(Shape(2, 3), jnp.float16), _dispatch.Target("gpu", "NVIDIA H100")
+    assert pallas_tpu.declines(v5e, *arguments(narrow)[:4]) == "it reads bfloat16 and float32, not float16."
+    assert pallas_tpu.declines(gpu, *arguments(half)[:4]) == "Mosaic kernels are for TPUs."
 
 
 # Chips that are not here: compiled, not run

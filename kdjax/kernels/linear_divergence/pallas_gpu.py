@@ -13,7 +13,6 @@ float32, some 50 B per (row, column); here it is 6 B, of the gradient. With 295 
 against 44 B pay up to D + E of about 6000; 2 (2 D + 2 E) FLOP, where c is not a constant, up to about 3000.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -28,7 +27,7 @@ from kdjax.kernels._gpu import MASKED, START, along
 from kdjax.kernels._gpu_block_sizes import GROUP, SLICE
 from kdjax.kernels.linear_divergence.api import Pair, Term
 from kdjax.kernels.linear_divergence.row_scalars import row_scalars
-from kdjax.kernels.tiles import head_width, split_rows, sum_over_axis
+from kdjax.kernels.tiles import formed_gradients, head_width, split_rows, sum_over_axis
 from kdjax.types import Head
 
 CHUNK_BYTES = 256 * 2**20  # of the gradient of the logits: 768 rows at V = 151936
@@ -71,18 +70,10 @@ def _forward(terms: tuple[Term, ...], hidden: Array, head: Head, rest: Rest) -> 
 
 
 def _backward(terms: tuple[Term, ...], kept: Any, cotangents: Any) -> tuple[Array, Head, Any]:
-    d_hidden, d_weight, head, rest = kept
-    scale = sum_over_axis(cotangents[0], head.vocab_axis)  # the values are under stop-gradient
-    d_head = dataclasses.replace(head, weight=d_weight * scale.astype(d_weight.dtype))
-    return d_hidden * scale.astype(d_hidden.dtype), d_head, jax.tree.map(_zero_tangent, rest)
+    return formed_gradients(kept, cotangents[0])
 
 
 _divergence.defvjp(_forward, _backward)
-
-
-def _zero_tangent(array: Array) -> Any:
-    inexact = jnp.issubdtype(array.dtype, jnp.inexact)
-    return jnp.zeros_like(array) if inexact else jnp.zeros(array.shape, jax.dtypes.float0)
 
 
 def _passes(

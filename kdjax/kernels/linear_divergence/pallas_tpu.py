@@ -43,7 +43,7 @@ from kdjax.kernels import _dispatch, _tpu
 from kdjax.kernels.linear_divergence import block_sizes
 from kdjax.kernels.linear_divergence.api import Pair, Term
 from kdjax.kernels.linear_divergence.row_scalars import row_scalars
-from kdjax.kernels.tiles import head_width, row_tiles, sum_over_axis
+from kdjax.kernels.tiles import head_width, row_tiles, sum_over_axis, zero_tangents
 from kdjax.types import Head
 
 ROWS = 1024  # no block has more rows, whatever the table says
@@ -102,16 +102,11 @@ def _backward(terms: tuple[Term, ...], kept: Any, cotangents: Any) -> tuple[Arra
     hidden, head, rest, d_hidden, numbers = kept
     scale = sum_over_axis(cotangents[0], head.vocab_axis)  # the values are under stop-gradient
     d_weight = _d_weight(_Problem(terms, hidden, head, rest), numbers, scale)
-    zeros = jax.tree.map(_zero_tangent, rest)
+    zeros = zero_tangents(rest)
     return d_hidden * scale.astype(d_hidden.dtype), dataclasses.replace(head, weight=d_weight), zeros
 
 
 _divergence.defvjp(_forward, _backward)
-
-
-def _zero_tangent(array: Array) -> Any:
-    inexact = jnp.issubdtype(array.dtype, jnp.inexact)
-    return jnp.zeros_like(array) if inexact else jnp.zeros(array.shape, jax.dtypes.float0)
 
 
 def _sizes(hidden: Array, head: Head, y: Any, u: Any) -> block_sizes.Sizes:

@@ -8,7 +8,6 @@ A tile's logits are written once, by chunks, while the normalisers are accumulat
 them into values and gradients in the cache. Only terms that do not know their gradient sum take a third pass between.
 """
 
-import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from kdjax.kernels.tiles import (
     Chunk,
     chunk_of,
     column_ids,
+    formed_gradients,
     is_label,
     kept_columns,
     mask_chunk,
@@ -76,19 +76,10 @@ def _forward(terms: tuple[Term, ...], hidden: Array, head: Head, rest: Rest) -> 
 
 
 def _backward(terms: tuple[Term, ...], kept: Any, cotangents: Any) -> tuple[Array, Head, Any]:
-    d_hidden, d_weight, head, rest = kept
-    # The values are under stop-gradient. The total is a sum over the devices of the axis, whose transpose is a sum.
-    scale = sum_over_axis(cotangents[0], head.vocab_axis)
-    d_head = dataclasses.replace(head, weight=d_weight * scale.astype(d_weight.dtype))
-    return d_hidden * scale.astype(d_hidden.dtype), d_head, jax.tree.map(_zero_tangent, rest)
+    return formed_gradients(kept, cotangents[0])
 
 
 _divergence.defvjp(_forward, _backward)
-
-
-def _zero_tangent(array: Array) -> Any:
-    inexact = jnp.issubdtype(array.dtype, jnp.inexact)
-    return jnp.zeros_like(array) if inexact else jnp.zeros(array.shape, jax.dtypes.float0)
 
 
 def _tiles(

@@ -30,7 +30,7 @@ from kdjax.kernels._tpu import LANES, MASKED, START
 from kdjax.kernels.sparse_divergence import block_sizes
 from kdjax.kernels.sparse_divergence.api import SparseTerm
 from kdjax.kernels.sparse_divergence.rows import Rows, evaluate
-from kdjax.kernels.tiles import first_column, head_width, kept_columns, sum_over_axis
+from kdjax.kernels.tiles import first_column, head_width, kept_columns, sum_over_axis, zero_tangents
 from kdjax.types import Head
 
 FAR = 2.0**30  # behind every column
@@ -83,16 +83,11 @@ def _backward(term: SparseTerm, kept: Any, cotangents: Any) -> tuple[Array, Head
     scale = sum_over_axis(cotangents[0], head.vocab_axis)  # the values are under stop-gradient
     row = row | {"in_tail": row["in_tail"] * scale}
     d_weight = _d_weight(_Problem(hidden, head, rest), row, at_entries * scale)
-    zeros = jax.tree.map(_zero_tangent, rest)
+    zeros = zero_tangents(rest)
     return d_hidden * scale.astype(d_hidden.dtype), dataclasses.replace(head, weight=d_weight), zeros
 
 
 _divergence.defvjp(_forward, _backward)
-
-
-def _zero_tangent(array: Array) -> Any:
-    inexact = jnp.issubdtype(array.dtype, jnp.inexact)
-    return jnp.zeros_like(array) if inexact else jnp.zeros(array.shape, jax.dtypes.float0)
 
 
 def _blocks(target: _dispatch.Target, hidden: Array, head: Head, ids: Array) -> tuple[int, int] | None:

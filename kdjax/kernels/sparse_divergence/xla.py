@@ -5,7 +5,6 @@ out, then masked, and one pass of exponentials gives the softmax of the tail. Th
 numbers of their own put in at the entries.
 """
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,7 @@ from kdjax.kernels.tiles import (
     NO_ID,
     chunk_of,
     first_column,
+    formed_gradients,
     kept_columns,
     row_tiles,
     split_rows,
@@ -68,18 +68,10 @@ def _forward(term: SparseTerm, hidden: Array, head: Head, rest: Rest) -> tuple[A
 
 
 def _backward(term: SparseTerm, kept: Any, cotangents: Any) -> tuple[Array, Head, Any]:
-    d_hidden, d_weight, head, rest = kept
-    scale = sum_over_axis(cotangents[0], head.vocab_axis)  # the values are under stop-gradient
-    d_head = dataclasses.replace(head, weight=d_weight * scale.astype(d_weight.dtype))
-    return d_hidden * scale.astype(d_hidden.dtype), d_head, jax.tree.map(_zero_tangent, rest)
+    return formed_gradients(kept, cotangents[0])
 
 
 _divergence.defvjp(_forward, _backward)
-
-
-def _zero_tangent(array: Array) -> Any:
-    inexact = jnp.issubdtype(array.dtype, jnp.inexact)
-    return jnp.zeros_like(array) if inexact else jnp.zeros(array.shape, jax.dtypes.float0)
 
 
 def _tiles(
