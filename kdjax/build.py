@@ -13,17 +13,22 @@ import optax
 from kdjax import config as schema
 from kdjax import models, registry
 from kdjax.config import Experiment
-from kdjax.data import LoadedData, ids_in, load_data
+from kdjax.curation import Basis, basis, kept_rows
+from kdjax.curation.teacher_pass import TeacherPass
+from kdjax.data import LoadedData, Rows, ids_in, load_data
 from kdjax.losses import LOSSES
 from kdjax.losses.objective import Objective
 from kdjax.models import ModelConfig, prune
 from kdjax.models import tokenizer as tokenizers
-from kdjax.models.io import LoadedModel, load_config, load_model
+from kdjax.models.io import LoadedModel, fingerprint, load_config, load_model
 from kdjax.optim import make_optimiser
 from kdjax.schedules import Schedule, make_schedule
 from kdjax.selection import POLICIES, SIGNALS, Chooser
+from kdjax.selection.stats import NEEDS_TEACHER
 from kdjax.sharding import Rules, make_rules
 from kdjax.step import LanguageModel, StepParts
+from kdjax.teacher.cache import CacheReader, open_cache
+from kdjax.teacher.classes import CLASSES, make_class_sampler
 from kdjax.types import Array, Batch, Head, Params
 
 if TYPE_CHECKING:
@@ -34,7 +39,12 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """Everything a run needs. `student_params` are the initial float32 masters; `student_source` says what they are."""
+    """Everything a run needs.
+
+    teacher: None if there is none, or if a cache speaks for it. student_params: the initial float32 masters;
+    student_source: what they are. train: the rows to train on, those of data.train that the sample axis keeps. cache:
+    what teacher.source = "cache" reads. vocab_size: the columns that student and teacher have in common.
+    """
 
     experiment: Experiment
     rules: Rules
@@ -45,6 +55,9 @@ class Built:
     student_source: str
     tokenizer: "PreTrainedTokenizerBase"
     data: LoadedData
+    train: Rows
+    vocab_size: int
+    cache: CacheReader | None = None
 
     @property
     def teacher_params(self) -> Params:
@@ -52,9 +65,11 @@ class Built:
         return () if self.teacher is None else self.teacher.params
 
 
-def build(experiment: Experiment) -> Built:
+def build(experiment: Experiment, workdir: Path | None = None, *, live_teacher: bool = False) -> Built:
     """Load models and data and compose the step. Raises ValueError that names the config path at fault.
 
+    workdir: where the kept rows and the cache of this experiment are; without it all rows count and no cache is opened.
+    live_teacher: load the teacher even where a cache speaks for it, to evaluate or to write that cache.
     What is quick comes first: a misspelt name or a damaged text is said before gigabytes of weights are read.
     """
     rules = make_rules(experiment.mesh.preset, experiment.mesh.devices, experiment.mesh.kernels)
@@ -63,19 +78,96 @@ def build(experiment: Experiment) -> Built:
     _named_parts(experiment)
     tokenizer = _load_tokenizer(experiment)
     data = load_data(experiment.data, tokenizer)
-    teacher = _load_teacher(experiment, rules)
+    cached = experiment.teacher.source == "cache" and not live_teacher
+    teacher = None if cached else _load_teacher(experiment, rules)
+    teacher_cfg = _teacher_config(experiment, teacher)
     cfg, params, source = _load_student(experiment, teacher, rules)
-    _check_tokenizers(experiment, tokenizer, teacher, cfg)
-    _check_ids(data, cfg, teacher)
-    parts = build_parts(experiment, cfg, None if teacher is None else teacher.cfg, rules)
-    return Built(experiment, rules, parts, teacher, cfg, params, source, tokenizer, data)
+    _check_tokenizers(experiment, tokenizer, teacher_cfg, cfg)
+    _check_ids(data, cfg, teacher_cfg)
+    parts = build_parts(experiment, cfg, teacher_cfg, rules, cached=cached)
+    vocab = _vocabulary(cfg, teacher_cfg)
+    built = Built(experiment, rules, parts, teacher, cfg, params, source, tokenizer, data, data.train, vocab)
+    if workdir is None:
+        return built
+    if experiment.samples.fraction < 1:
+        built = dataclasses.replace(built, train=kept_rows(built.train, workdir, samples_basis(built)))
+    if cached:
+        built = dataclasses.replace(built, cache=open_cache(cache_path(experiment, workdir), cache_identity(built)))
+    return built
+
+
+def samples_basis(built: Built) -> Basis:
+    """What the sample axis depends on in this experiment."""
+    return basis(
+        built.experiment.samples,
+        built.student_params,
+        None if built.teacher is None else built.teacher.fingerprint,
+        tokenizers.fingerprint(built.tokenizer),
+        built.data.fingerprint,
+    )
+
+
+def cache_path(experiment: Experiment, workdir: Path) -> str:
+    """Where the teacher's cache is."""
+    return experiment.cache.path or str(workdir / "cache")
+
+
+def cache_identity(built: Built) -> dict[str, Any]:
+    """The fields of a cache's header that this experiment needs as they are; without teacher.path, of any teacher."""
+    e = built.experiment
+    teacher = None
+    if e.teacher.path:
+        teacher = fingerprint(e.teacher.path) if built.teacher is None else built.teacher.fingerprint
+    return ({} if teacher is None else {"teacher": teacher}) | {
+        "tokenizer": tokenizers.fingerprint(built.tokenizer),
+        "vocab_size": built.vocab_size,
+        "kind": e.classes.kind,
+        "entries": e.classes.entries,
+        "power": e.classes.power,
+        "seed": e.classes.seed,
+        "tau": e.loss.tau,
+        "dtype": e.teacher.dtype,
+        "seq_len": e.data.seq_len,
+        "superset": e.cache.superset,
+    }
+
+
+def teacher_pass(built: Built) -> TeacherPass:
+    """What `launch.cache_teacher` computes of a row. Raises ValueError if the config describes no cache."""
+    e, parts = built.experiment, built.parts
+    _check_cached(e, parts.chooser)
+    if parts.teacher is None or parts.classes is None or built.teacher is None:
+        raise ValueError("teacher.path must be set, got ''; there is nothing to cache. Name a model.")
+    tau = e.loss.tau
+    positions = schema.Selection(policy="all")
+    if e.cache.superset:
+        positions = schema.Selection(policy="top_fraction", signal="student_entropy", fraction=e.cache.superset)
+    return TeacherPass(
+        teacher=parts.teacher,
+        sampler=parts.classes,
+        tau=tau if isinstance(tau, float) else 1.0,
+        chooser=build_chooser(positions),
+        student=parts.student if e.cache.superset else None,
+        entropy=e.cache.entropy,
+        label_logp=e.cache.label_logp,
+        rules=built.rules,
+    )
 
 
 def build_parts(
-    experiment: Experiment, student_cfg: ModelConfig, teacher_cfg: ModelConfig | None, rules: Rules
+    experiment: Experiment,
+    student_cfg: ModelConfig,
+    teacher_cfg: ModelConfig | None,
+    rules: Rules,
+    *,
+    cached: bool | None = None,
 ) -> StepParts:
-    """The step's parts from shapes alone: no weights, no data; enough to trace or compile a step for any mesh."""
+    """The step's parts from shapes alone: no weights, no data; enough to trace or compile a step for any mesh.
+
+    cached: whether batches bring the teacher along; None = as teacher.source says.
+    """
     e = experiment
+    cached = e.teacher.source == "cache" if cached is None else cached
     for name, cfg in (("student", student_cfg), ("teacher", teacher_cfg)):
         if cfg is not None and e.data.seq_len > cfg.max_positions:
             raise ValueError(
@@ -83,22 +175,36 @@ def build_parts(
                 f"{e.data.seq_len}. Lower it."
             )
     chooser, objective, optimiser, rate = _named_parts(e)
-    vocab = min(cfg.vocab_size for cfg in (student_cfg, teacher_cfg) if cfg is not None)
+    vocab = _vocabulary(student_cfg, teacher_cfg)
     compute = registry.lookup(DTYPES, e.student.compute_dtype, "student.compute_dtype")
     student = language_model(student_cfg, rules, vocab, compute, e.student.remat)
     teacher = None
-    if teacher_cfg is not None:
+    if teacher_cfg is not None and not cached:
         teacher = language_model(teacher_cfg, rules, vocab, registry.lookup(DTYPES, e.teacher.dtype, "teacher.dtype"))
-    return StepParts(student, teacher, chooser, objective, optimiser, rate, rules, e.train.accumulate)
+    classes = None if e.classes.kind == "all" else make_class_sampler(e.classes, vocab)
+    if cached:
+        _check_cached(e, chooser)
+    return StepParts(
+        student, teacher, chooser, objective, optimiser, rate, rules, e.train.accumulate, classes, cached=cached
+    )
 
 
 def _named_parts(e: Experiment) -> tuple[Chooser, Objective, optax.GradientTransformation, Schedule]:
     """What the step needs besides the models."""
-    policy = registry.lookup(POLICIES, e.selection.policy, "selection.policy")(e.selection)
-    signal = registry.lookup(SIGNALS, policy.signal or e.selection.signal, "selection.signal")
-    by_score = e.selection.weighting == "signal"
-    chooser = Chooser(signal if policy.uses_signal or by_score else None, policy, by_score)
-    return chooser, build_objective(e.loss), *make_optimiser(e.optim, e.train.steps)
+    chooser = build_chooser(e.selection)
+    objective = build_objective(e.loss).for_policy(e.selection.policy, chooser.policy.gives)
+    if e.classes.kind != "all":
+        registry.lookup(CLASSES, e.classes.kind, "classes.kind")
+        objective = objective.for_sparse_targets(e.classes.kind)
+    return chooser, objective, *make_optimiser(e.optim, e.train.steps)
+
+
+def build_chooser(config: schema.Selection) -> Chooser:
+    """How positions are chosen."""
+    policy = registry.lookup(POLICIES, config.policy, "selection.policy")(config)
+    signal = registry.lookup(SIGNALS, policy.signal or config.signal, "selection.signal")
+    by_score = config.weighting == "signal"
+    return Chooser(signal if policy.uses_signal or by_score else None, policy, by_score)
 
 
 def build_objective(config: schema.Loss) -> Objective:
@@ -166,14 +272,31 @@ def _load_teacher(experiment: Experiment, rules: Rules) -> LoadedModel | None:
     return load_model(experiment.teacher.path, dtype=dtype, rules=rules)
 
 
+def _vocabulary(student_cfg: ModelConfig, teacher_cfg: ModelConfig | None) -> int:
+    return min(cfg.vocab_size for cfg in (student_cfg, teacher_cfg) if cfg is not None)
+
+
+def _teacher_config(experiment: Experiment, teacher: LoadedModel | None) -> ModelConfig | None:
+    """The teacher's shapes: of the one in memory, else of the one that the cache is of, if its path is set."""
+    if teacher is not None:
+        return teacher.cfg
+    return load_config(experiment.teacher.path) if experiment.teacher.path else None
+
+
 def _load_student(experiment: Experiment, teacher: LoadedModel | None, rules: Rules) -> tuple[ModelConfig, Params, str]:
     """(config, float32 parameters, what they are in words)."""
     config = experiment.student
-    if config.init.kind == "cut" and teacher is not None:
-        keep = config.init.keep or prune.default_keep(teacher.cfg.layers, config.init.layers)
-        cfg, params = prune.cut(teacher.cfg, teacher.params, keep)
-        params = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), params)
-        return cfg, params, f"layers {', '.join(map(str, keep))} of the teacher's {teacher.cfg.layers}"
+    if config.init.kind == "cut":
+        layers = (load_config(experiment.teacher.path) if teacher is None else teacher.cfg).layers
+        keep = config.init.keep or prune.default_keep(layers, config.init.layers)
+        source = f"layers {', '.join(map(str, keep))} of the teacher's {layers}"
+        if teacher is None:  # no more of it is read than these layers; rounded as the teacher in memory would be
+            dtype = registry.lookup(DTYPES, experiment.teacher.dtype, "teacher.dtype")
+            part = load_model(experiment.teacher.path, dtype=dtype, rules=rules, keep=keep)
+            cfg, params = part.cfg, part.params
+        else:
+            cfg, params = prune.cut(teacher.cfg, teacher.params, keep)
+        return cfg, jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), params), source
     if config.init.kind == "random":
         cfg = load_config(config.path, where="student.path")
         params = models.init_params(cfg, jax.random.key(experiment.train.seed), rules)
@@ -191,12 +314,15 @@ def _load_tokenizer(experiment: Experiment) -> "PreTrainedTokenizerBase":
 
 
 def _check_tokenizers(
-    experiment: Experiment, tokenizer: "PreTrainedTokenizerBase", teacher: LoadedModel | None, student_cfg: ModelConfig
+    experiment: Experiment,
+    tokenizer: "PreTrainedTokenizerBase",
+    teacher_cfg: ModelConfig | None,
+    student_cfg: ModelConfig,
 ) -> None:
     """The ids of the data mean to every model what they meant when it was trained; random weights know none."""
     e = experiment
     source = e.data.tokenizer or e.teacher.path or e.student.path
-    sides = {} if teacher is None else {"teacher": (e.teacher.path, teacher.cfg.vocab_size)}
+    sides = {} if teacher_cfg is None else {"teacher": (e.teacher.path, teacher_cfg.vocab_size)}
     if e.student.init.kind == "own":
         sides["student"] = (e.student.path, student_cfg.vocab_size)
     for name, (path, rows) in sides.items():
@@ -209,8 +335,8 @@ def _check_tokenizers(
         tokenizers.check_same_tokenizer(tokenizer, other, first_rows, rows, (first, name))
 
 
-def _check_ids(data: LoadedData, student_cfg: ModelConfig, teacher: LoadedModel | None) -> None:
-    widths = ({} if teacher is None else {"teacher": teacher.cfg.vocab_size}) | {"student": student_cfg.vocab_size}
+def _check_ids(data: LoadedData, student_cfg: ModelConfig, teacher_cfg: ModelConfig | None) -> None:
+    widths = ({} if teacher_cfg is None else {"teacher": teacher_cfg.vocab_size}) | {"student": student_cfg.vocab_size}
     largest = int(np.max(np.concatenate([ids_in(data.train), ids_in(data.heldout)])))
     for name, width in widths.items():
         if largest >= width:
@@ -229,6 +355,31 @@ def _check_paths(experiment: Experiment) -> None:
             f"student.path must be set, got ''; student.init.kind is {kind!r}. Name a model, or set student.init.kind "
             "to 'cut' to cut the student from the teacher."
         )
+
+
+def _check_cached(e: Experiment, chooser: Chooser) -> None:
+    """A cache can serve this experiment. Raises ValueError that says what it cannot know."""
+    if e.classes.kind == "all":
+        raise ValueError(
+            "classes.kind must be 'sampled' or a top-k kind with teacher.source='cache', got 'all'; a cache holds a "
+            "few entries per position. Set classes.kind='sampled'."
+        )
+    if not isinstance(e.loss.tau, float):
+        raise ValueError(
+            f"loss.tau must be a number with teacher.source='cache', got {e.loss.tau!r}; the entries were drawn at one "
+            "temperature. Set a number."
+        )
+    held = {"teacher_entropy": e.cache.entropy and e.loss.tau == 1, "teacher_ce": e.cache.label_logp}
+    for name in chooser.needs:
+        if name in NEEDS_TEACHER and not held.get(name, False):
+            how = {
+                "teacher_entropy": "Set cache.entropy=True and loss.tau=1.0",
+                "teacher_ce": "Set cache.label_logp=True",
+            }
+            raise ValueError(
+                f"selection.signal must not need {name!r} of the teacher with this cache, got {e.selection.signal!r}; "
+                f"the cache does not hold it. {how.get(name, 'Set another signal')} or teacher.source='live'."
+            )
 
 
 def _check_rows(experiment: Experiment, rules: Rules) -> None:

@@ -19,10 +19,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdjax.build import Built
+from kdjax.build import Built, samples_basis
 from kdjax.checkpoint import Checkpoints, abstract_like, config_difference
-from kdjax.config import Experiment, fingerprint
-from kdjax.data import heldout_batches, to_batch, train_iterator
+from kdjax.config import Experiment, fingerprint, trajectory
+from kdjax.curation import Scorer, keep, load_samples, make_scorer, overlap, positions_of, write_samples
+from kdjax.data import Rows, as_batch, heldout_batches, take, to_batch, train_iterator
 from kdjax.evals.evaluation import Evaluation
 from kdjax.evals.heldout import evaluate, make_eval_step
 from kdjax.report_data import write_after, write_before
@@ -51,9 +52,7 @@ def claim_workdir(workdir: Path, experiment: Experiment) -> None:
     if path.is_file():
         old = json.loads(path.read_text(encoding="utf-8"))
         new = json.loads(json.dumps(dataclasses.asdict(experiment)))
-        free = ("name", "log", "eval", "checkpoint", "mesh")
-        kept = [{name: value for name, value in config.items() if name not in free} for config in (old, new)]
-        differing = config_difference(kept[0], kept[1])
+        differing = config_difference(trajectory(old), trajectory(new))
         saved = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()]
         if differing and saved:  # a run that failed before its first checkpoint has nothing to go on from
             raise ValueError(
@@ -71,18 +70,13 @@ def run(built: Built, workdir: Path) -> Outcome:
     """
     e, parts = built.experiment, built.parts
     identity = run_identity(built)
-    data = train_iterator(
-        built.data.train,
-        e.train.batch_size,
-        e.data.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
     state = fresh_state(built)
     step_function = jax.jit(make_train_step(parts), donate_argnums=0)
     heldout = Heldout(built)
     with Checkpoints(workdir, e.checkpoint) as checkpoints, _stop_signals() as stop_asked:
         start = checkpoints.latest
+        rows = RowChoice(built, workdir)
+        data = rows.iterator(start or 0)
         if start is not None:
             state, start = checkpoints.restore(abstract_like(state), data, identity)
         config = dataclasses.asdict(e)
@@ -94,7 +88,7 @@ def run(built: Built, workdir: Path) -> Outcome:
             wandb_project=e.log.wandb_project,
             config=config,
         ) as log:
-            run_state = _Running(built, log, heldout, checkpoints, identity, data, stop_asked)
+            run_state = _Running(built, log, heldout, checkpoints, identity, data, rows, stop_asked)
             if start is None:
                 run_state.evaluate(0, state.params)
                 write_before(workdir, built)
@@ -123,6 +117,55 @@ def restore(built: Built, workdir: Path, step: str = "") -> tuple[TrainState, in
         return checkpoints.restore(abstract_like(fresh_state(built)), None, run_identity(built), which)
 
 
+class RowChoice:
+    """Which rows the run trains on: those of `built.train`, chosen anew every `samples.rescore_every` steps."""
+
+    def __init__(self, built: Built, workdir: Path) -> None:
+        self._built, self._workdir = built, workdir
+        self._every = built.experiment.samples.rescore_every
+        self._scorer: Scorer | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether the student of this step is to choose for the next ones."""
+        return self._every > 0 and step % self._every == 0 and step < self._built.experiment.train.steps
+
+    def iterator(self, step: int) -> Any:
+        """Batches of the rows that hold after `step`, from their first; a restored state moves it on."""
+        e, phase = self._built.experiment, step // self._every if self._every else 0
+        return train_iterator(
+            self._rows(phase),
+            e.train.batch_size,
+            e.data.seed,
+            phase=phase,
+            teacher=None if self._built.cache is None else self._built.cache.columns,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def choose(self, step: int, params: Params) -> tuple[Any, float]:
+        """(batches of the rows that this student keeps, the share of the rows so far that it keeps)."""
+        built, e = self._built, self._built.experiment
+        if self._scorer is None:
+            size = e.train.batch_size // e.train.accumulate
+            self._scorer = make_scorer(built.parts.student, built.parts.teacher, e.samples, built.rules, size)
+        every, phase = built.data.train, step // self._every
+        scores = self._scorer(params, built.teacher_params, every)
+        kept = keep(scores, e.samples.fraction)
+        shared = overlap(self._rows(phase - 1).row_id, every.row_id[kept])
+        if jax.process_index() == 0:
+            write_samples(self._folder(phase), samples_basis(built), every, scores, kept, {"step": step})
+        return self.iterator(step), shared
+
+    def _rows(self, phase: int) -> Rows:
+        if phase == 0:
+            return self._built.train
+        every = self._built.data.train
+        return take(every, positions_of(load_samples(self._folder(phase)), every))
+
+    def _folder(self, phase: int) -> Path:
+        return self._workdir / "rescored" / f"step-{phase * self._every}"
+
+
 class Heldout:
     """The held-out figures of a student at any time, compiled once."""
 
@@ -148,6 +191,7 @@ class _Running:
     checkpoints: Checkpoints
     identity: str
     data: Any
+    rows: "RowChoice"
     stop_asked: Callable[[], bool]
     evaluation: Evaluation | None = None
 
@@ -166,6 +210,11 @@ class _Running:
             state, report = step_function(state, self.built.teacher_params, batch)
             window.dispatched(step, report, columns)
             interrupted = step < total and self.stop_asked()
+            if self.rows.due(step):
+                window.settle()
+                self.data, overlap = self.rows.choose(step, state.params)
+                self.log.write(step, {"kept_overlap": overlap})
+                window.restart_clock()
             evaluate_now = step == total or (e.eval.every > 0 and step % e.eval.every == 0)
             if evaluate_now or interrupted or step % e.checkpoint.every == 0:
                 window.settle()  # a step that went wrong must never reach a checkpoint
@@ -236,7 +285,7 @@ def place(columns: dict[str, np.ndarray], rules: Rules, accumulate: int) -> Batc
         sharding = NamedSharding(rules.mesh, P(None, *rules.batch_spec(array.ndim - 1)))
         return jax.make_array_from_process_local_data(sharding, array)
 
-    return Batch(**{name: column(array) for name, array in columns.items()})
+    return as_batch(columns, column)
 
 
 def _require_finite(step: int, sums: dict[str, np.ndarray], report: StepReport, row_ids: np.ndarray) -> None:

@@ -24,6 +24,7 @@ from kdjax.data import heldout_batches, to_batch
 from kdjax.evals.text_page import entropy_page, make_page_step
 from kdjax.generation.sampler import complete
 from kdjax.models.tokenizer import fingerprint as tokenizer_fingerprint
+from kdjax.selection.stats import NEEDS_TEACHER
 from kdjax.types import Params, TrainState
 
 FILE = "report_data.json"
@@ -80,7 +81,12 @@ def _prompts(built: Built) -> list[str]:
 
 
 def _text_page(built: Built, state: TrainState) -> dict[str, Any]:
-    """One held-out row with the student's entropies and what the run's policy would select of it."""
+    """One held-out row with the student's entropies and what the run's policy would select of it.
+
+    {} if its signal reads a teacher that only speaks through a cache: held-out text is not in it.
+    """
+    if built.parts.cached and NEEDS_TEACHER.intersection(built.parts.chooser.needs):
+        return {}
     columns = next(iter(heldout_batches(built.data.heldout, built.rules.batch_shards, built.rules.batch_shards)))
     page = make_page_step(built.parts)
     arrays = jax.device_get(
@@ -102,6 +108,8 @@ def _text_page(built: Built, state: TrainState) -> dict[str, Any]:
 def _summary(workdir: Path, built: Built) -> dict[str, Any]:
     e, data = built.experiment, built.data
     teacher: dict[str, Any] = {"teacher": "none, the text alone"}
+    if built.parts.cached:
+        teacher = {"teacher": f"{e.teacher.path or 'unnamed'}, not loaded: {e.classes.kind} entries from a cache"}
     if built.teacher is not None:
         teacher = {
             "teacher": built.teacher.source,
@@ -114,12 +122,16 @@ def _summary(workdir: Path, built: Built) -> dict[str, Any]:
         "random_fraction": f"a random {e.selection.fraction:.0%} of the positions",
         "top_fraction": f"the {e.selection.fraction:.0%} of positions with the highest {signal}",
     }
+    text, kept = CORPORA.get(e.data.path, e.data.path), ""
+    if len(built.train) < len(data.train):
+        score = e.samples.score.replace("_", " ")
+        kept = f", the {len(built.train):,} of {len(data.train):,} rows with the highest {score}"
     summary = {
         **teacher,
         "student": built.student_source,
         "student_layers": built.student_cfg.layers,
         "student_parameters": _size(built.student_params),
-        "data": f"{CORPORA.get(e.data.path, e.data.path)}, {data.summary['train']['documents']} training documents",
+        "data": f"{text}, {data.summary['train']['documents']} training documents{kept}",
         "selection": policies.get(e.selection.policy, e.selection.policy),
         "loss": " + ".join(name.replace("_", " ").replace(" kl", " KL") for name in built.parts.objective.terms),
         "steps": e.train.steps,

@@ -109,32 +109,40 @@ class RunLog:
 class Progress:
     """The progress line: a bar that rewrites itself on a terminal, else a plain line every `every` seconds.
 
-    step/total, the figures handed in, tokens/s and the time left, from the mean rate since `start_step`.
+    step/total, the figures handed in, tokens/s and the time left, from the mean rate since `start_step`. unit: what is
+    counted, the first word of a plain line.
     """
 
     def __init__(
-        self, total: int, *, start_step: int = 0, every: float = 30.0, stream: TextIO | io.TextIOBase | None = None
+        self,
+        total: int,
+        *,
+        start_step: int = 0,
+        every: float = 30.0,
+        stream: TextIO | io.TextIOBase | None = None,
+        unit: str = "step",
     ) -> None:
         import jax
 
         self._stream = sys.stderr if stream is None else stream
         self._active = jax.process_index() == 0
         self._terminal = self._stream.isatty()
-        self._total, self._from, self._every = total, start_step, every
+        self._total, self._from, self._every, self._unit = total, start_step, every, unit
         self._start = time.monotonic()
         self._printed: float | None = None
         self._width = 0
 
-    def update(self, step: int, *, loss: float, tokens_per_second: float) -> None:
-        """Show `step` as done. Plain lines: the first, the last, and one every now and then."""
+    def update(self, step: int, *, tokens_per_second: float, **figures: float) -> None:
+        """Show `step` as done, with `figures` by name. Plain lines: the first, the last, and one every now and then."""
         now = time.monotonic()
         due = self._printed is None or now - self._printed >= self._every or step >= self._total
         if not self._active or not (self._terminal or due):
             return
         done = step - self._from
         left = (now - self._start) / done * (self._total - step) if done > 0 else math.nan
+        shown = "".join(f"{name.replace('_', ' ')} {value:.4g}  " for name, value in figures.items())
         text = (
-            f"{step:>{len(str(self._total))}}/{self._total}  loss {loss:.4g}  {tokens_per_second:,.0f} tokens/s  "
+            f"{step:>{len(str(self._total))}}/{self._total}  {shown}{tokens_per_second:,.0f} tokens/s  "
             f"ETA {duration(left)}"
         )
         self._printed = now
@@ -144,7 +152,7 @@ class Progress:
             self._stream.write("\r" + text.ljust(self._width))
             self._width = len(text)
         else:
-            self._stream.write("step " + text + "\n")
+            self._stream.write(f"{self._unit} {text}\n")
         self._stream.flush()
 
     def close(self) -> None:

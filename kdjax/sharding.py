@@ -96,6 +96,13 @@ class Rules:
         """Inside `rowwise`: the rows of all devices, from this device's."""
         return array if self.mesh is None else jax.lax.all_gather(array, DATA, axis=0, tiled=True)
 
+    def own_rows(self, array: Array) -> Array:
+        """Inside `rowwise`: this device's rows of all devices'."""
+        if self.mesh is None:
+            return array
+        size = array.shape[0] // self.batch_shards
+        return jax.lax.dynamic_slice_in_dim(array, jax.lax.axis_index(DATA) * size, size)
+
     def sum_over_batch(self, tree: Any) -> Any:
         """Inside `rowwise`: sums of the devices' sums."""
         return tree if self.mesh is None else jax.lax.psum(tree, DATA)

@@ -26,8 +26,22 @@ from kdjax.schedules import Schedule
 from kdjax.selection.choose import Chooser
 from kdjax.selection.stats import NEEDS_TEACHER, token_stats
 from kdjax.sharding import Rules
-from kdjax.teacher import live_targets
-from kdjax.types import Array, Batch, Head, LossOutput, Metrics, Params, Selection, TrainState, gather_slots, targets_of
+from kdjax.teacher import cached_stats, cached_targets, drawn_targets, live_targets
+from kdjax.teacher.classes import ClassSampler
+from kdjax.types import (
+    Array,
+    Batch,
+    DenseTargets,
+    Head,
+    LossOutput,
+    Metrics,
+    Params,
+    Selection,
+    SparseTargets,
+    TrainState,
+    gather_slots,
+    targets_of,
+)
 
 Side = tuple[Array, Head]  # hidden [B, T, D] and the head
 Supervised = tuple[LossOutput, Any, Array]  # loss, policy state, finite rows [B]
@@ -48,7 +62,11 @@ class LanguageModel:
 
 @dataclasses.dataclass(frozen=True)
 class StepParts:
-    """All that `make_train_step` composes; built in build.py."""
+    """All that `make_train_step` composes; built in build.py.
+
+    classes: None = the student sees the teacher's whole distribution. cached: it is in `batch.teacher`, and there is no
+    teacher; signals may read what of it the cache knows.
+    """
 
     student: LanguageModel
     teacher: LanguageModel | None
@@ -58,6 +76,8 @@ class StepParts:
     learning_rate: Schedule
     rules: Rules
     accumulate: int = 1
+    classes: ClassSampler | None = None
+    cached: bool = False
 
 
 @flax.struct.dataclass
@@ -178,17 +198,42 @@ def _supervise_rows(
         teacher = (teacher[0], rules.gather_head(teacher[1], parts.teacher.head_spec))
     labels, eligible = targets_of(batch)
     needs = parts.chooser.needs
-    stats = token_stats(needs, (hidden, head), teacher, labels, implementation=rules.kernels)
+    known = cached_stats(batch.teacher, needs)
+    rest = [name for name in needs if name not in known]
+    stats = token_stats(rest, (hidden, head), teacher, labels, implementation=rules.kernels)
+    stats = dataclasses.replace(stats, **known)
     measured = {name: metric.mean(getattr(stats, name), eligible) for name in needs}
-    selection, policy_state = parts.chooser(stats, batch, eligible, policy_state, key, step, rules.all_rows)
-    targets = None
-    if teacher is not None and parts.objective.needs_teacher:
-        targets = live_targets(teacher[0], teacher[1], selection.index)
+    rows = (rules.all_rows, rules.own_rows)
+    selection, policy_state = parts.chooser(stats, batch, eligible, policy_state, key, step, *rows)
+    metrics = {"selected_fraction": _selected_fraction(selection, eligible)}
+    if batch.teacher is not None:
+        chosen = selection.weight > 0
+        held = gather_slots(batch.teacher.stored, selection.index)
+        metrics["cache_misses"] = metric.mean(~held, chosen)
+        selection = dataclasses.replace(selection, weight=jnp.where(held, selection.weight, 0.0))
+    targets = _targets(parts, teacher, batch, selection.index, step)
     slots, slot_labels = gather_slots(hidden, selection.index), gather_slots(labels, selection.index)
     output = parts.objective(slots, head, targets, slot_labels, selection, batch.weight, step, rules.kernels)
-    metrics = {**output.metrics, **measured, "selected_fraction": _selected_fraction(selection, eligible)}
+    metrics = {**output.metrics, **measured, **metrics}
     output = rules.sum_over_batch(dataclasses.replace(output, metrics=metrics))
+    policy_state = parts.chooser.policy.observe(policy_state, output, step)
     return output, policy_state, jnp.isfinite(jnp.sum(hidden.astype(jnp.float32), (1, 2)))
+
+
+def _targets(
+    parts: StepParts, teacher: Side | None, batch: Batch, index: Array, step: Array
+) -> DenseTargets | SparseTargets | None:
+    """What the objective compares with at the slots."""
+    if not parts.objective.needs_teacher:
+        return None
+    if parts.cached and parts.classes is not None and batch.teacher is not None:
+        return cached_targets(parts.classes, batch.teacher, index)
+    if teacher is None:
+        return None
+    live = live_targets(*teacher, index)
+    if parts.classes is None:
+        return live
+    return drawn_targets(parts.classes, live, index, batch, parts.objective.tau(step), parts.rules.kernels)
 
 
 def _selected_fraction(selection: Selection, eligible: Array) -> tuple[Array, Array]:
@@ -196,4 +241,7 @@ def _selected_fraction(selection: Selection, eligible: Array) -> tuple[Array, Ar
 
 
 def _needs_teacher(parts: StepParts) -> bool:
+    """Whether a live teacher must run."""
+    if parts.cached:
+        return False
     return parts.objective.needs_teacher or any(name in NEEDS_TEACHER for name in parts.chooser.needs)

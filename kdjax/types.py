@@ -32,6 +32,7 @@ class Batch:
     row_id:      int32 [B], the row's index in the data set; the same in every epoch.
     epoch:       int32 [B], how often the data set was gone through before this row.
     weight:      float32 [B], the row's weight in the loss (sample axis); 1 by default.
+    teacher:     what a cache holds of the teacher for these rows; None with a live teacher.
     """
 
     tokens: Array
@@ -41,6 +42,24 @@ class Batch:
     row_id: Array
     epoch: Array
     weight: Array
+    teacher: CachedTeacher | None = None
+
+
+@flax.struct.dataclass
+class CachedTeacher:
+    """The teacher's distribution at the positions of a batch, as `teacher/classes.py` drew or cut it.
+
+    ids:        int32 [B, T, K]. codes: uint16 [B, T, K], 0 = empty entry; `ClassSampler.probs` says what a code means.
+    stored:     bool [B, T], False where the cache holds nothing: not eligible, or not in the cached superset.
+    entropy:    float32 [B, T], the teacher's, nats; label_logp: float32 [B, T], of the text's next token, nats. Both at
+                the cache's temperature, both None if the cache does not hold them.
+    """
+
+    ids: Array
+    codes: Array
+    stored: Array
+    entropy: Array | None = None
+    label_logp: Array | None = None
 
 
 @flax.struct.dataclass
@@ -68,7 +87,7 @@ class TokenStats:
     """Per-position statistics [B, T] in nats and float32, under stop-gradient; None = nobody asked for it.
 
     student_gradient_norm: of -log q[label] with respect to the logits, ||q - onehot||, in [0, sqrt 2]. kl = KL(teacher
-    || student), reverse_kl = KL(student || teacher).
+    || student), reverse_kl = KL(student || teacher). hellinger: the distance of the two, in [0, 1].
     """
 
     student_entropy: Array | None = None
@@ -78,6 +97,7 @@ class TokenStats:
     teacher_ce: Array | None = None
     kl: Array | None = None
     reverse_kl: Array | None = None
+    hellinger: Array | None = None
 
 
 @flax.struct.dataclass
@@ -86,11 +106,13 @@ class Selection:
 
     mass: float32 [B], what a row counts in the mean; None = the sum of its weights, as in any weighted mean. Importance
     weights have another: they estimate a sum over positions that were not drawn.
+    given: float32 [B, S], a number of each slot for losses that ask for one, such as a temperature; see Policy.gives.
     """
 
     index: Array
     weight: Array
     mass: Array | None = None
+    given: Array | None = None
 
 
 @flax.struct.dataclass
@@ -99,6 +121,21 @@ class DenseTargets:
 
     hidden: Array
     head: Head
+
+
+@flax.struct.dataclass
+class SparseTargets:
+    """K entries of the teacher per selected slot, live or from a cache, for `kernels/sparse_divergence`.
+
+    ids: int32 [B, S, K]; probs: float32 [B, S, K], 0 = empty; tail: float32 [B, S], the teacher's mass elsewhere;
+    entropy: float32 [B, S], nats. kind: which of the kernel's KINDS they are.
+    """
+
+    ids: Array
+    probs: Array
+    tail: Array | None
+    entropy: Array | None
+    kind: str = flax.struct.field(pytree_node=False)
 
 
 @flax.struct.dataclass

@@ -1,10 +1,14 @@
 """Held-out figures of teacher, student before and student after: python -m launch.evaluate --workdir=runs/mine
 
 --step: another checkpoint than the newest ("best": the lowest held-out KL); --rows: another number of held-out rows.
+--out: also write them, with their intervals, to a JSON file; --nobefore: leave out the student before, for speed.
 """
 
 import dataclasses
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -12,7 +16,9 @@ from launch import app
 
 flags.DEFINE_string("workdir", None, "The directory of a run.")
 flags.DEFINE_string("step", "", "Which checkpoint: a step, 'best', or '' for the newest.")
-flags.DEFINE_integer("rows", None, "Held-out rows; 0 = all; default: eval.rows of the run.")
+flags.DEFINE_integer("rows", None, "Held-out rows; 0 = all; default: eval.rows of the run.", lower_bound=0)
+flags.DEFINE_bool("before", True, "Evaluate the student before training as well.")
+flags.DEFINE_string("out", None, "A JSON file to write: step, before, after.")
 
 
 def main() -> None:
@@ -27,11 +33,23 @@ def main() -> None:
     rows = flags.FLAGS.rows
     if rows is not None:
         experiment = dataclasses.replace(experiment, eval=dataclasses.replace(experiment.eval, rows=rows))
-    built = build(experiment)
+    built = build(experiment, live_teacher=True)
     state, step = loop.restore(built, workdir, flags.FLAGS.step)
     heldout = loop.Heldout(built)
+    before = heldout(built.student_params).to_dict() if flags.FLAGS.before else None
+    after = heldout(state.params).to_dict()
     print(f"{workdir}, step {step}")
-    print(table(heldout(built.student_params).to_dict(), heldout(state.params).to_dict()))
+    print(table(before, after))
+    if flags.FLAGS.out is not None:
+        _write(Path(flags.FLAGS.out), {"step": step, "before": before, "after": after})
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    """All or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    os.replace(beside, path)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,14 @@ def figures(workdir: Path) -> str:
     return table(json.loads(lines[0]), json.loads(lines[-1]))
 
 
-def table(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Two evaluations as {"student": figures, "teacher": figures or None, "kl": ..., "agreement": ...}."""
+def table(before: dict[str, Any] | None, after: dict[str, Any]) -> str:
+    """Evaluations as {"student": figures, "teacher": figures or None, "kl": ..., "agreement": ...}; None: no column."""
     title = f"held out: {after['tokens']:,} tokens"
-    made = [f"{title:28}{'student before':>28}{'student after':>28}{'teacher':>28}"]
+    columns = {"student before": before, "student after": after}
+    shown = {name: evaluation for name, evaluation in columns.items() if evaluation is not None}
+    made = [f"{title:28}" + "".join(f"{name:>28}" for name in [*shown, "teacher"])]
     for label, name, form in ROWS:
-        cells = [_cell(e.get(name) or e["student"].get(name), form) for e in (before, after)]
+        cells = [_cell(e.get(name) or e["student"].get(name), form) for e in shown.values()]
         teacher = after.get("teacher") or {}
         made.append(f"{label:28}" + "".join(f"{cell:>28}" for cell in [*cells, _cell(teacher.get(name), form)]))
     return "\n".join([*made, "[low, high]: 95 % bootstrap interval over held-out rows"])

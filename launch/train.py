@@ -22,7 +22,7 @@ def main() -> None:
     from launch.tables import figures
 
     loop.claim_workdir(workdir, experiment)
-    outcome = loop.run(build(experiment), workdir)
+    outcome = loop.run(build(experiment, workdir), workdir)
     if outcome.interrupted:
         print(f"stopped at step {outcome.step} of {experiment.train.steps}, all saved; run the same command to go on")
         return

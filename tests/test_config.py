@@ -163,6 +163,18 @@ RULES = [
     ("selection.curriculum_steps", 0, COUNT, [1]),
     ("selection.upper", 0.0, "must be in (0, 1]", [1.0]),
     ("selection.reserve", 1.5, "must be in [0, 1]", [0.0, 1.0]),
+    ("selection.easy_weight", 1.1, "must be in [0, 1], got 1.1; hard positions have the rest of 1.", [0.0, 1.0]),
+    ("selection.temperature_scale", 1.1, "must be in [-1, 1]", [-1.0, 0.0, 1.0]),
+    ("selection.adapt_after", -1, NOT_NEGATIVE, [0]),
+    ("teacher.source", "disk", "must be 'live' or 'cache'", ["cache"]),
+    ("classes.entries", 0, COUNT, [1]),
+    ("classes.power", 0.0, "must be in (0, 2], got 0.0; 1 draws from the teacher itself.", [0.5, 2.0]),
+    ("samples.fraction", 0.0, "must be in (0, 1]", [1.0]),
+    ("samples.fraction", 20.0, "must be in (0, 1], got 20.0; it is a fraction, 0.2 means 20 %.", [0.2]),
+    ("samples.positions", 0.0, "must be in (0, 1]", [1.0]),
+    ("samples.rescore_every", -1, NOT_NEGATIVE, [0]),
+    ("cache.superset", 1.1, "must be in [0, 1]", [0.0, 1.0]),
+    ("cache.rows_per_shard", 0, COUNT, [1]),
     ("loss.terms", (), "must be a non-empty tuple of (name, weight or schedule)", [(("jsd", 0.5),)]),
     (
         "loss.terms",
@@ -218,7 +230,7 @@ def test_every_rule(path, bad, message, good):
 
 
 def test_no_rule_goes_untested():
-    assert {path for path, *_ in RULES} == set(schema._RULES)
+    assert {path for path, *_ in RULES} == set(schema.RULES)
 
 
 def test_micro_batches_are_even():
@@ -253,7 +265,8 @@ def test_the_fingerprint_sees_what_shapes_the_run_and_nothing_else(path):
         return dataclasses.replace(node, **{first: replaced(value, rest) if rest else other(value)})
 
     same = fingerprint(replaced(Experiment(), path.split("."))) == fingerprint(Experiment())
-    assert same == (path.split(".")[0] in ("name", "log", "eval", "checkpoint", "mesh"))
+    free = path.split(".")[0] in ("name", "log", "eval", "checkpoint", "mesh", "cache")
+    assert same == (free and path != "cache.superset")
 
 
 # --- the command line

@@ -28,16 +28,16 @@ esc = html.escape
 Record = Mapping[str, Any]
 
 
-def document(title: str, sections: Sequence[str]) -> str:
-    """A whole page with styles and script inside; empty sections are left out."""
+def document(title: str, sections: Sequence[str], css: str = "") -> str:
+    """A whole page with styles and script inside; empty sections are left out. css: further styles."""
     here = resources.files("kdjax.analysis")
-    css, script = ((here / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    styles, script = ((here / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     levels = "".join(f".h{k}{{background:rgb(var(--heat)/{k / (LEVELS - 1) * HEAT:.3f})}}" for k in range(LEVELS))
     body = "\n".join(filter(None, sections))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{esc(title)}</title>\n<style>\n{css}{levels}\n</style></head>\n<body><main>\n{body}\n</main>\n"
+        f"<title>{esc(title)}</title>\n<style>\n{styles}{levels}{css}\n</style></head>\n<body><main>\n{body}\n</main>\n"
         f"<script>\n{script}</script></body></html>\n"
     )
 

@@ -1,8 +1,8 @@
 """Text to batches: sources, tokenising and chat templates, packing, the split, the grain pipeline."""
 
 from kdjax.data.load import LoadedData, load_data
-from kdjax.data.packing import PACKINGS, Rows, ids_in, make_rows, take
-from kdjax.data.pipeline import heldout_batches, to_batch, train_iterator
+from kdjax.data.packing import PACKINGS, Rows, eligible, ids_in, make_rows, take
+from kdjax.data.pipeline import as_batch, heldout_batches, to_batch, train_iterator
 from kdjax.data.sources import SOURCES, Document, read_documents
 
 __all__ = [
@@ -11,6 +11,8 @@ __all__ = [
     "Document",
     "LoadedData",
     "Rows",
+    "as_batch",
+    "eligible",
     "heldout_batches",
     "ids_in",
     "load_data",

@@ -4,33 +4,43 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax.data.packing import Rows
+from kdjax.data.packing import Rows, eligible, take
 from kdjax.sharding import Rules
-from kdjax.types import Batch
+from kdjax.types import Batch, CachedTeacher
 
 if TYPE_CHECKING:
     import grain
 
-Columns = dict[str, np.ndarray]  # the fields of `types.Batch`, by name
+Columns = dict[str, Any]  # the fields of `types.Batch`, by name; "teacher": those of `types.CachedTeacher`
+# (row_id [B], row_hash [B], eligible [B, T]) -> the fields of `types.CachedTeacher`
+TeacherColumns = Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, np.ndarray]]
 
 NO_ROW = -1  # row_id of a row that only fills the last batch
 
 
 def train_iterator(
-    rows: Rows, batch_size: int, seed: int, *, process_index: int = 0, process_count: int = 1
+    rows: Rows,
+    batch_size: int,
+    seed: int,
+    *,
+    phase: int = 0,
+    teacher: TeacherColumns | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> grain.DatasetIterator[Columns]:
-    """Batches without end; every epoch holds each row once, in a new order that depends on `seed` alone.
+    """Batches without end; every epoch holds each row once, in a new order that depends on `seed` and `phase` alone.
 
     The epochs follow one another without a gap, so a batch may hold rows of two of them. Of each global batch of
     `batch_size` rows process p gets the p-th of `process_count` equal parts: together they are the batch of one.
-    `get_state` / `set_state` are exact and do not depend on the number of processes.
+    `get_state` / `set_state` are exact and do not depend on the number of processes. phase: counts the choices of rows.
+    teacher: reads what a cache holds for the rows of a batch; it runs, like the rest, in threads ahead of the step.
     """
     import grain
 
@@ -45,13 +55,18 @@ def train_iterator(
         raise ValueError("rows must not be empty; there is nothing to iterate over.")
     part = batch_size // process_count
     # grain shuffles epoch e with seed + e. A hash keeps the second epoch of seed 0 apart from the first of seed 1.
-    digest = hashlib.blake2b(f"shuffle {seed}".encode(), digest_size=4).digest()
+    name = f"shuffle {seed}" + (f" phase {phase}" if phase else "")
+    digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
     order = grain.MapDataset.range(len(rows)).shuffle(seed=int.from_bytes(digest, "little")).repeat(None)
 
     def batch(step: int) -> Columns:
         first = step * batch_size + process_index * part
         index = np.array([order[at] for at in range(first, first + part)])
-        return _columns(rows, index, np.arange(first, first + part) // len(rows))
+        columns = _columns(rows, index, np.arange(first, first + part) // len(rows))
+        if teacher is not None:
+            part_rows = take(rows, index)
+            columns["teacher"] = teacher(part_rows.row_id, part_rows.row_hash, eligible(part_rows))
+        return columns
 
     steps = grain.MapDataset.range(sys.maxsize // batch_size).map(batch)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
@@ -71,10 +86,15 @@ def heldout_batches(rows: Rows, batch_size: int, limit: int = 0) -> Iterator[Col
 def to_batch(columns: Mapping[str, np.ndarray], rules: Rules = Rules()) -> Batch:
     """The batch on the devices; under a mesh `columns` are this process's rows of the global batch, split by rows."""
     if rules.mesh is None:
-        return Batch(**{name: jnp.asarray(column) for name, column in columns.items()})
-    return Batch(
-        **{name: jax.make_array_from_process_local_data(rules.batch(c.ndim), c) for name, c in columns.items()},
-    )
+        return as_batch(columns, jnp.asarray)
+    return as_batch(columns, lambda c: jax.make_array_from_process_local_data(rules.batch(c.ndim), c))
+
+
+def as_batch(columns: Mapping[str, Any], put: Callable[[np.ndarray], jax.Array]) -> Batch:
+    """The batch of `columns`, each of them brought to the devices by `put`."""
+    placed = jax.tree.map(put, dict(columns))
+    teacher = placed.pop("teacher", None)
+    return Batch(**placed, teacher=None if teacher is None else CachedTeacher(**teacher))
 
 
 def _columns(rows: Rows, index: np.ndarray, epoch: np.ndarray) -> Columns:

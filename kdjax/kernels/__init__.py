@@ -4,6 +4,7 @@
     linear_divergence   weighted sums of pointwise divergences between two heads, with gradient
     sparse_divergence   the same against K stored entries of the teacher per row
     topk                the K most likely entries
+    linear_sample       K draws from the distribution, or from a power of it
 
 An op is a folder. `__init__.py` is the public function: it checks its arguments and asks `_dispatch` who runs.
 

@@ -155,19 +155,45 @@ REPLACED: dict[str, Callable[..., Array]] = {
 }
 
 
+class Stored(NamedTuple):
+    """What a kernel writes of each row and column: numbers of this type, with the largest of each SLICE of columns?"""
+
+    dtype: Any
+    maxima: bool
+
+
+GRADIENT, LOGITS = Stored(jnp.bfloat16, False), Stored(jnp.float32, True)
+
+
+class Visit(NamedTuple):
+    """What is done with the logits of a tile before `tile` sees them, with more of the global memory at hand.
+
+    visit(logits, column, block, at, reads, writes) -> logits: for the 64 rows number `block` and the tile of columns
+    number `at`; reads and writes: references to all of the arrays of that name, which no two blocks may write alike.
+    """
+
+    visit: Callable[..., list[Array]]
+    reads: list[Array]
+    writes: list[jax.ShapeDtypeStruct]
+
+
 class Refs(NamedTuple):
     """What a kernel works on: operands and results in global memory, the rest in shared memory."""
 
     inputs: list[Ref]  # hidden and weight of each side
     rows: Ref
     scalars: Ref
+    reads: list[Ref]  # of a Visit
     sums: Ref
-    gradient: Ref
+    stored: Ref
+    maxima: Ref
+    writes: list[Ref]  # of a Visit
     hidden_rings: list[Ref]  # [stages, 128, 64] each
     head_rings: list[Ref]  # [stages, columns, 64] or [stages, 64, columns]
     own_rows: Ref  # per warpgroup [F, 64]
     results: Ref  # per warpgroup [G, 64]
-    waiting: Ref  # per warpgroup [64, columns]: the tile of the gradient that is on its way
+    waiting: Ref  # per warpgroup [64, columns]: the tile of `stored` that is on its way
+    largest: Ref  # per warpgroup [slices, 64]: its maxima
     full: list[Ref]  # barriers: a chunk has come
     empty: list[Ref]  # barriers: both warpgroups are through with a chunk
     rows_here: Ref
@@ -200,6 +226,53 @@ def vocab_pass(
     columns from `at` on, to be called for all of them if `gradient`. The leaves of the last carry, G in number, come
     back as float32 (G may be 0), the gradient as bfloat16 for M >= N rows and W >= V columns, whole blocks of both.
     """
+    parts, *stored = _run(sides, rows, scalars, start, tile, name, GRADIENT if gradient else None)
+    return parts, stored[0] if gradient else jnp.zeros((0, 0), jnp.bfloat16)
+
+
+def logits_pass(
+    side: Side,
+    rows: Float[Array, "F N"],
+    scalars: Float[Array, "S"],
+    start: Callable[[], Any],
+    tile: Tile,
+    *,
+    name: str,
+) -> tuple[Float[Array, "P G N"], Float[Array, "M W"], Float[Array, "M X"]]:
+    """`vocab_pass` that writes logits, in float32, and the largest of each SLICE of a row: of X = W / SLICE of them.
+
+    M >= N rows and W >= V columns of logits: for few rows at a time. tile must store all of its columns.
+    """
+    parts, logits, maxima = _run([side], rows, scalars, start, tile, name, LOGITS)
+    return parts, logits, maxima.T
+
+
+def visiting_pass(
+    side: Side,
+    visit: Visit,
+    rows: Float[Array, "F N"],
+    scalars: Float[Array, "S"],
+    start: Callable[[], Any],
+    tile: Tile,
+    *,
+    name: str,
+) -> tuple[Float[Array, "P G N"], list[Array]]:
+    """`vocab_pass` without a gradient, with a visit to each tile: the parts, and what the visits wrote."""
+    parts, *written = _run([side], rows, scalars, start, tile, name, None, visit)
+    return parts, written
+
+
+def _run(
+    sides: Sequence[Side],
+    rows: Float[Array, "F N"],
+    scalars: Float[Array, "S"],
+    start: Callable[[], Any],
+    tile: Tile,
+    name: str,
+    stored: Stored | None,
+    visit: Visit | None = None,
+) -> list[Array]:
+    """[parts], and what is stored: [M, W], and maxima [X, M]; then what a visit writes."""
     count = rows.shape[1]
     # Copies are of tiles of 8 x 64: hidden states may need rows, which cost little; heads that would are declined.
     operands = [array for hidden, head in sides for array in (jnp.pad(hidden, ((0, -count % 8), (0, 0))), head.weight)]
@@ -208,12 +281,13 @@ def vocab_pass(
 
     # vmap: one problem after the other; a kernel has no batch dimension, and a head is large enough by itself.
     @jax.custom_batching.sequential_vmap
-    def call(operands: list[Array], rows: Array, scalars: Array) -> tuple[Array, ...]:
-        return _call(operands, heads, rows, scalars, start, tile, name, gradient)
+    def call(operands: list[Array], rows: Array, scalars: Array, reads: list[Array]) -> tuple[Array, ...]:
+        own = None if visit is None else visit._replace(reads=reads)
+        return _call(operands, heads, rows, scalars, start, tile, name, stored, own)
 
-    results = list(call(operands, padded, scalars))
+    results = list(call(operands, padded, scalars, [] if visit is None else visit.reads))
     parts = results.pop(0)[:, :, :count] if jax.eval_shape(start) else jnp.zeros((1, 0, count), jnp.float32)
-    return parts, results[0] if gradient else jnp.zeros((0, 0), jnp.bfloat16)
+    return [parts, *results]
 
 
 def _call(
@@ -224,10 +298,13 @@ def _call(
     start: Callable[[], Any],
     tile: Tile,
     name: str,
-    gradient: bool,
+    stored: Stored | None,
+    visit: Visit | None,
 ) -> tuple[Array, ...]:
     orders = sorted({head.vocab_major for head in heads})  # sides that are stored alike share a ring
-    columns, stages = _gpu_block_sizes.choose(len(orders), gradient)
+    dtype = jnp.dtype(stored.dtype if stored else jnp.bfloat16)
+    columns, stages = _gpu_block_sizes.choose(len(orders), dtype.itemsize if stored else 0)
+    slices = columns // SLICE if stored and stored.maxima else 0
     blocks = pl.cdiv(operands[1].shape[0 if heads[0].vocab_major else 1], columns)
     parts = _gpu_block_sizes.parts(rows.shape[1] // ROWS, blocks)
     per_part = pl.cdiv(blocks, parts)
@@ -305,18 +382,26 @@ def _call(
         own_scalars = [refs.scalars[at] for at in range(scalars.shape[0])]
 
         def store(at: int, piece: Array) -> None:
-            refs.waiting[group, :, at : at + SLICE] = piece.astype(jnp.bfloat16)
+            refs.waiting[group, :, at : at + SLICE] = piece.astype(dtype)
+            if slices:
+                refs.largest[group, at // SLICE] = jnp.max(piece, 1)
 
         def one_tile(i: Array, carry: Any) -> Any:
             logits = [product(refs, group, side, i) for side in sides]
             first = (begin + i) * columns
             column = plgpu.broadcasted_iota(jnp.int32, (GROUP, columns), 1, layout=TILE_LAYOUT) + first
-            if gradient:
+            if visit:
+                block = lax.axis_index("rows") * GROUPS + group
+                logits = visit.visit(logits, column, block, begin + i, refs.reads, refs.writes)
+            if stored:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
             carry = tile(carry, logits, column, own_rows, own_scalars, store)
-            if gradient:
+            if stored:
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(refs.waiting.at[group], refs.gradient.at[mine, pl.ds(first, columns)])
+                plgpu.copy_smem_to_gmem(refs.waiting.at[group], refs.stored.at[mine, pl.ds(first, columns)])
+            if slices:
+                here = pl.ds((begin + i) * slices, slices)
+                plgpu.copy_smem_to_gmem(refs.largest.at[group], refs.maxima.at[here, mine])
             return carry
 
         carry = jax.tree.map(lambda value: plgpu.layout_cast(value, ROW_LAYOUT), start())
@@ -330,14 +415,18 @@ def _call(
 
     def kernel(*arguments: Ref) -> None:
         *inputs, rows_ref, scalars_ref = arguments[: len(operands) + 2]
-        outputs = list(arguments[len(operands) + 2 : len(operands) + 2 + len(out)])
+        read = len(operands) + 2 + len(reads)
+        outputs = list(arguments[read : read + len(out)])
         refs = Refs(
             inputs,
             rows_ref,
             scalars_ref,
+            list(arguments[len(operands) + 2 : read]),
             outputs.pop(0) if kept else None,
-            outputs.pop(0) if gradient else None,
-            *arguments[len(operands) + 2 + len(out) :],
+            outputs.pop(0) if stored else None,
+            outputs.pop(0) if slices else None,
+            outputs,
+            *arguments[read + len(out) :],
         )
         group, begin = lax.axis_index("group"), lax.axis_index("part") * per_part
         count = jnp.minimum(per_part, blocks - begin)
@@ -354,12 +443,17 @@ def _call(
 
     kernel.__name__ = name
     out = [jax.ShapeDtypeStruct((parts, kept, rows.shape[1]), jnp.float32)] if kept else []
-    if gradient:
-        out.append(jax.ShapeDtypeStruct((rows.shape[1], blocks * columns), jnp.bfloat16))
+    if stored:
+        out.append(jax.ShapeDtypeStruct((rows.shape[1], blocks * columns), dtype))
+    if slices:
+        out.append(jax.ShapeDtypeStruct((blocks * slices, rows.shape[1]), jnp.float32))
+    reads, writes = (visit.reads, visit.writes) if visit else ([], [])
+    out += writes
 
-    def swizzled(shape: tuple[int, ...], width: int) -> Any:  # for arrays that are used in pieces of so many columns
-        transforms = plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width)
-        return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+    # For arrays that are used in pieces of so many columns.
+    def swizzled(shape: tuple[int, ...], width: int, dtype: Any = jnp.bfloat16) -> Any:
+        transforms = plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(jnp.dtype(dtype).itemsize * width)
+        return plgpu.SMEM(shape, dtype, transforms=transforms)
 
     def barriers(arrivals: int, number: int) -> Any:
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=number)
@@ -372,7 +466,8 @@ def _call(
             [swizzled((stages, *((columns, CHUNK) if major else (CHUNK, columns))), CHUNK) for major in orders],
             plgpu.SMEM((GROUPS, rows.shape[0], GROUP), jnp.float32),
             plgpu.SMEM((GROUPS, kept, GROUP), jnp.float32) if kept else None,
-            swizzled((GROUPS, GROUP, columns), SLICE) if gradient else None,
+            swizzled((GROUPS, GROUP, columns), SLICE, dtype) if stored else None,
+            plgpu.SMEM((GROUPS, slices, GROUP), jnp.float32) if slices else None,
             [barriers(2, stages) for _ in orders],
             [barriers(GROUPS, stages) for _ in orders],
             barriers(1, GROUPS),
@@ -382,4 +477,4 @@ def _call(
         num_threads=GROUPS + 1,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(*operands, rows, scalars)
+    )(*operands, rows, scalars, *reads)

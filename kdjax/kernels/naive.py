@@ -13,6 +13,7 @@ import optax
 from jax import lax
 
 from kdjax import registry
+from kdjax.kernels.linear_sample import Sample
 from kdjax.kernels.linear_stats import LinearStats, PairStats
 from kdjax.kernels.shapes import Arguments
 from kdjax.kernels.topk import TopK
@@ -103,10 +104,24 @@ def _topk(a: Arguments) -> TopK:
     return TopK(ids=ids, logp=logp)
 
 
+def _linear_sample(a: Arguments) -> Sample:
+    logp = jax.nn.log_softmax(logits(a.hidden, a.head))
+    edges = jnp.cumsum(jnp.exp(logp), -1)
+    ids = jax.vmap(lambda edge, at: jnp.searchsorted(edge, at, side="right"))(edges, a.uniforms * edges[:, -1:])
+    return Sample(
+        ids=ids.astype(jnp.int32),
+        logp=jnp.take_along_axis(logp, ids, 1),
+        log_power_sum=jnp.zeros(len(ids)),
+        entropy=-jnp.sum(jnp.exp(logp) * logp, -1),
+        max_logp=jnp.max(logp, -1),
+    )
+
+
 NAIVE: dict[str, Callable[[Arguments], Any]] = {
     "linear_stats": _linear_stats,
     "linear_pair_stats": _linear_pair_stats,
     "linear_divergence": _linear_divergence,
     "sparse_divergence": _sparse_divergence,
     "topk": _topk,
+    "linear_sample": _linear_sample,
 }

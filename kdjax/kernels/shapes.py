@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax import registry
-from kdjax.kernels import linear_divergence, linear_stats, sparse_divergence, topk
+from kdjax.kernels import linear_divergence, linear_sample, linear_stats, sparse_divergence, topk
 from kdjax.types import Array, Head
 
 
@@ -72,6 +72,7 @@ class Arguments:
     weight: Any = None
     ids: Any = None
     probs: Any = None
+    uniforms: Any = None
     entries: int = flax.struct.field(pytree_node=False, default=0)
 
 
@@ -141,6 +142,10 @@ def _topk(a: Arguments, implementation: str | None) -> Any:
     return topk.topk(a.hidden, a.head, a.entries, implementation=implementation)
 
 
+def _sample(a: Arguments, implementation: str | None) -> Any:
+    return linear_sample.linear_sample(a.hidden, a.head, a.uniforms, implementation=implementation)
+
+
 _STORED = ("ids", "probs", "weight")
 _TEACHER = ("teacher_hidden", "teacher_head", "labels")
 CASES = {
@@ -151,6 +156,7 @@ CASES = {
     "sparse_divergence": Case(sparse_divergence, _sparse, _STORED),
     "sparse_divergence+grad": Case(sparse_divergence, _sparse, _STORED, gradient=True),
     "topk": Case(topk, _topk, ("entries",)),
+    "linear_sample": Case(linear_sample, _sample, ("uniforms",)),
 }
 
 
@@ -189,6 +195,7 @@ def _arguments(op: str, shape: Shape, normal: Callable[[tuple[int, ...], int], A
         "weight": lambda: jnp.ones(n, jnp.float32),
         "ids": lambda: jnp.asarray(np.sort(draw.integers(v // k, size=(n, k)) + np.arange(k) * (v // k)), jnp.int32),
         "probs": lambda: jnp.asarray(draw.dirichlet(np.ones(k), size=n), jnp.float32),
+        "uniforms": lambda: jnp.asarray(draw.random(size=(n, k), dtype=np.float32)),
         "entries": lambda: k,
     }
     return dataclasses.replace(arguments, **{name: make() for name, make in small.items() if name in reads})
@@ -220,6 +227,7 @@ PRODUCTS = {
     ("linear_divergence+grad", "pallas_tpu"): (5, 3),
     ("linear_divergence+grad", "pallas_gpu"): (4, 2),
     ("sparse_divergence+grad", "pallas_tpu"): (5, 0),
+    ("sparse_divergence+grad", "pallas_gpu"): (4, 0),
 }
 
 

@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 from kdjax.config import Loss
 from kdjax.kernels.linear_divergence import Term
+from kdjax.losses.adakd import adakd_forward_kl, adakd_reverse_kl
 from kdjax.losses.akl import akl
+from kdjax.losses.at_kd import at_kd
 from kdjax.losses.cross_entropy import cross_entropy
 from kdjax.losses.dkd import dkd
 from kdjax.losses.forward_kl import forward_kl
@@ -17,6 +19,7 @@ from kdjax.losses.reverse_kl import reverse_kl
 from kdjax.losses.skew_kl import skew_kl, skew_reverse_kl
 from kdjax.losses.todi import todi
 from kdjax.losses.tvd import tvd
+from kdjax.losses.udkd import udkd
 
 LOSSES: dict[str, Callable[[Loss], Term]] = {
     "forward_kl": forward_kl,
@@ -28,5 +31,9 @@ LOSSES: dict[str, Callable[[Loss], Term]] = {
     "todi": todi,
     "akl": akl,
     "dkd": dkd,
+    "udkd": udkd,
+    "at_kd": at_kd,
+    "adakd_forward_kl": adakd_forward_kl,
+    "adakd_reverse_kl": adakd_reverse_kl,
     "cross_entropy": cross_entropy,
 }

@@ -20,27 +20,39 @@ def dkd(config: Loss) -> Term:
     dkd_beta = 1 - p_y. Exact for p_y and q_y up to 1: what is left of the mass besides the label, and how it is spread,
     is computed from the other entries in log space, never as 1 - p_y.
     """
-    beta = config.dkd_beta
+    return Term(
+        lambda pair: against_rest(pair) + config.dkd_beta * among_rest(pair), gradient_sum=0.0, row_scalars=log_rests
+    )
 
-    def row_scalars(pair: Pair, vocab_sum: VocabSum) -> Array:
-        sides = ((pair.logp, pair.p), (pair.logq, pair.q))
-        return jnp.concatenate([_log_rest(logs, shares, pair.is_label, vocab_sum) for logs, shares in sides], 1)
 
-    def value(pair: Pair) -> Array:
-        rest_p, rest_q = pair.row[:, 0:1], pair.row[:, 1:2]  # log(1 - p_y), log(1 - q_y)
-        # The rest among itself; at the label exp could overflow, and what is not selected would still spoil a gradient.
-        logp, logq = (
-            jnp.where(pair.is_label, 0.0, logs - rest) for logs, rest in ((pair.logp, rest_p), (pair.logq, rest_q))
-        )
-        still = lax.stop_gradient(logq)
-        # log(1 - q_y) is a number of the row here, without gradient. The divergence of the rest does not depend on it
-        # to first order; that of the pair does, and d log(1 - q_y) = sum_v q'_v dlogq_v is put back as a summand of
-        # value 0.
-        moved = (jnp.exp(rest_q) - jnp.exp(rest_p)) * jnp.exp(still) * (logq - still)
-        pair_of_two = _excess(pair.logp, pair.logq) + _excess(rest_p, rest_q)
-        return jnp.where(pair.is_label, pair_of_two, beta * _excess(logp, logq) + moved)
+def log_rests(pair: Pair, vocab_sum: VocabSum) -> Array:
+    """log(1 - p_y) and log(1 - q_y), [C, 2]: the first row scalars of whatever uses `against_rest` and `among_rest`."""
+    sides = ((pair.logp, pair.p), (pair.logq, pair.q))
+    return jnp.concatenate([_log_rest(logs, shares, pair.is_label, vocab_sum) for logs, shares in sides], 1)
 
-    return Term(value, gradient_sum=0.0, row_scalars=row_scalars)
+
+def among_rest(pair: Pair) -> Array:
+    """Elementwise KL(p' || q'), ' = renormalised over all entries but the label; 0 there."""
+    logp, logq = _of_rest(pair)
+    return jnp.where(pair.is_label, 0.0, _excess(logp, logq))
+
+
+def against_rest(pair: Pair) -> Array:
+    """KL((p_y, 1 - p_y) || (q_y, 1 - q_y)) at the label; elsewhere summands of value 0 that carry a gradient."""
+    rest_p, rest_q = pair.row[:, 0:1], pair.row[:, 1:2]
+    _, logq = _of_rest(pair)
+    still = lax.stop_gradient(logq)
+    # log(1 - q_y) is a number of the row here, without gradient. The divergence of the rest does not depend on it to
+    # first order; that of the pair does, and d log(1 - q_y) = sum_v q'_v dlogq_v is put back as a summand of value 0.
+    moved = (jnp.exp(rest_q) - jnp.exp(rest_p)) * jnp.exp(still) * (logq - still)
+    return jnp.where(pair.is_label, _excess(pair.logp, pair.logq) + _excess(rest_p, rest_q), moved)
+
+
+def _of_rest(pair: Pair) -> tuple[Array, Array]:
+    """log p' and log q'; 0 at the label, where exp could overflow and would spoil a gradient even if not selected."""
+    sides = ((pair.logp, pair.row[:, 0:1]), (pair.logq, pair.row[:, 1:2]))
+    logp, logq = (jnp.where(pair.is_label, 0.0, logs - rest) for logs, rest in sides)
+    return logp, logq
 
 
 def _excess(logp: Array, logq: Array) -> Array:

@@ -6,4 +6,4 @@ from kdjax.kernels.linear_divergence import Term
 
 def forward_kl(config: Loss) -> Term:
     """Gradient on the logits q - p. 0 only at p = q."""
-    return Term(lambda pair: pair.p * (pair.logp - pair.logq), gradient_sum=-1.0)
+    return Term(lambda pair: pair.p * (pair.logp - pair.logq), linear=True, gradient_sum=-1.0)

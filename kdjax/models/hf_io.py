@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax import models
+from kdjax.models import prune
 from kdjax.models.params import ModelConfig, TensorKey, from_file, to_file
 from kdjax.sharding import Rules
 from kdjax.types import Params
@@ -158,19 +159,32 @@ def _check_names(keys: Mapping[str, TensorKey], found: Checkpoint, tied: bool) -
             )
 
 
-def assemble(cfg: ModelConfig, found: Checkpoint, dtype: Any = jnp.float32, rules: Rules = Rules()) -> Params:
-    """The parameter tree of a checkpoint in `dtype`, stored as `rules` says. ValueError names a wrong tensor."""
+def assemble(
+    cfg: ModelConfig,
+    found: Checkpoint,
+    dtype: Any = jnp.float32,
+    rules: Rules = Rules(),
+    keep: Sequence[int] | None = None,
+) -> Params:
+    """The parameter tree of a checkpoint in `dtype`, stored as `rules` says; ValueError names a wrong tensor.
+
+    cfg: of the checkpoint. With `keep` the tree of `prune.cut_config(cfg, keep)`; other layers are not read.
+    """
+    keep = range(cfg.layers) if keep is None else keep
+    specs = models.param_specs(prune.cut_config(cfg, keep))
     keys = models.key_map(cfg)
     _check_names(keys, found, cfg.tied)
+    places = {layer: at for at, layer in enumerate(keep)}
     parts: dict[tuple[str, ...], list[tuple[str, TensorKey]]] = {}
     for name, key in keys.items():
-        parts.setdefault(key.path, []).append((name, key))
+        if key.layer is None or key.layer in places:
+            parts.setdefault(key.path, []).append((name, key))
     wanted = jnp.dtype(dtype)
 
     def load(path: Any, spec: models.ParamSpec) -> jax.Array:
         host = np.empty(spec.shape, wanted)
         for name, key in parts[tuple(entry.key for entry in path)]:
-            host[... if key.layer is None else key.layer] = from_file(key, found.read(name))
+            host[... if key.layer is None else places[key.layer]] = from_file(key, found.read(name))
         sharding = rules.storage(spec.axes, spec.shape)
         if sharding is None:
             leaf = jax.device_put(host)
@@ -178,7 +192,7 @@ def assemble(cfg: ModelConfig, found: Checkpoint, dtype: Any = jnp.float32, rule
             leaf = jax.make_array_from_callback(spec.shape, sharding, lambda index: host[index])
         return jax.block_until_ready(leaf)  # else the copies on their way pile up on the host
 
-    return jax.tree_util.tree_map_with_path(load, models.param_specs(cfg))
+    return jax.tree_util.tree_map_with_path(load, specs)
 
 
 def read_hf(directory: str | Path, dtype: Any = jnp.float32, rules: Rules = Rules()) -> tuple[ModelConfig, Params]:

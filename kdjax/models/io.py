@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax.models import fetch, gguf_io, hf_io, synthetic
+from kdjax.models import fetch, gguf_io, hf_io, prune, synthetic
 from kdjax.models.params import ModelConfig
 from kdjax.sharding import Rules
 from kdjax.types import Params
@@ -25,7 +25,8 @@ class LoadedModel:
     """A model in memory.
 
     name: short, for tables. source: what it is, in words. tokenizer_path: for tokenizer.load_tokenizer.
-    fingerprint: sha256 hex over all bytes of config and weights as stored; the dtype in memory does not matter.
+    fingerprint: sha256 hex over all bytes of config and weights as stored; the dtype in memory does not matter, nor
+    which layers were kept.
     """
 
     cfg: ModelConfig
@@ -37,21 +38,37 @@ class LoadedModel:
 
 
 def load_model(
-    path: str | Path, *, dtype: Any = jnp.float32, rules: Rules = Rules(), where: str = "teacher.path"
+    path: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    rules: Rules = Rules(),
+    where: str = "teacher.path",
+    keep: Sequence[int] | None = None,
 ) -> LoadedModel:
     """Config and weights in `dtype`, stored as `rules` says. `where` is the config path that leads the error messages.
 
-    Raises ValueError for a path that leads nowhere, and for a file or tensor that is damaged, missing or unsupported.
+    With `keep` the student that `prune.cut` would cut from the model, bit for bit, of which the other layers are never
+    read. Raises ValueError for a path that leads nowhere, for a file or tensor that is damaged, missing or unsupported,
+    and for a `keep` that `prune.cut` refuses.
     """
     found = fetch.locate(path, where=where)
     if found.kind == "synthetic":
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype), synthetic.make_params(rules))
-        return LoadedModel(
-            synthetic.config(), params, found.name, synthetic.SOURCE, str(path), _synthetic_fingerprint()
-        )
-    with open_model(found) as (cfg, checkpoint, source):
-        params = hf_io.assemble(cfg, checkpoint, dtype, rules)
+        cfg, source, params = synthetic.config(), synthetic.SOURCE, synthetic.make_params(rules)
+        params = params if keep is None else prune.cut(cfg, params, keep)[1]
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    else:
+        with open_model(found) as (cfg, checkpoint, source):
+            params = hf_io.assemble(cfg, checkpoint, dtype, rules, keep)
+    cfg = cfg if keep is None else prune.cut_config(cfg, keep)
     return LoadedModel(cfg, params, found.name, source, str(path), _fingerprint(found))
+
+
+def fingerprint(path: str | Path, *, where: str = "teacher.path") -> str:
+    """The `LoadedModel.fingerprint` of a path: its files are hashed, no weights are loaded.
+
+    Raises ValueError for a path that leads nowhere.
+    """
+    return _fingerprint(fetch.locate(path, where=where))
 
 
 def load_config(path: str | Path, *, where: str = "teacher.path") -> ModelConfig:
@@ -94,6 +111,8 @@ def _stem(path: Path) -> str:
 
 
 def _fingerprint(found: fetch.Located) -> str:
+    if found.kind == "synthetic":
+        return _synthetic_fingerprint()
     if found.kind == "gguf":
         return fetch.sha256(found.path)
     files = [found.path / hf_io.CONFIG, *hf_io.weight_files(found.path)]

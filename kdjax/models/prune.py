@@ -29,8 +29,8 @@ def default_keep(total: int, layers: int) -> tuple[int, ...]:
     return (*range(first), *spread)
 
 
-def cut(cfg: ModelConfig, params: Params, keep: Sequence[int]) -> tuple[ModelConfig, Params]:
-    """Config and parameters of the student that has the layers `keep` of the teacher. All leaves are copies.
+def cut_config(cfg: ModelConfig, keep: Sequence[int]) -> ModelConfig:
+    """The config of the student that has the layers `keep` of the teacher.
 
     Raises ValueError unless `keep` is non-empty, ascending and within the teacher's layers.
     """
@@ -40,7 +40,15 @@ def cut(cfg: ModelConfig, params: Params, keep: Sequence[int]) -> tuple[ModelCon
             f"student.init.keep must be ascending layers in 0..{cfg.layers - 1}, each once, got {keep}; they are the "
             "teacher's layers that the student starts from. Leave it () for an even spread of student.init.layers."
         )
-    index = jnp.asarray(keep)
+    return dataclasses.replace(cfg, layers=len(keep))
+
+
+def cut(cfg: ModelConfig, params: Params, keep: Sequence[int]) -> tuple[ModelConfig, Params]:
+    """Config and parameters of the student that has the layers `keep` of the teacher. All leaves are copies.
+
+    From a file without the teacher in memory: `io.load_model(..., keep=keep)`. Raises ValueError as `cut_config` does.
+    """
+    student, index = cut_config(cfg, keep), jnp.asarray(tuple(keep))
     kept = {"layers": jax.tree.map(lambda leaf: leaf[index], params["layers"])}
     rest = {name: jax.tree.map(jnp.copy, leaf) for name, leaf in params.items() if name != "layers"}
-    return dataclasses.replace(cfg, layers=len(keep)), rest | kept
+    return student, rest | kept

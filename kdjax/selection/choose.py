@@ -37,6 +37,7 @@ class Chooser:
         key: Any,
         step: Int[Array, ""],
         all_rows: Callable[[Array], Array] = lambda array: array,
+        own_rows: Callable[[Array], Array] = lambda array: array,
     ) -> tuple[Selection, Any]:
         """The slots of these rows and the policy's next state; no gradient. key: the run's, never advanced."""
         zeros = jnp.zeros(eligible.shape, jnp.float32)
@@ -45,7 +46,7 @@ class Chooser:
             noise = position_noise(key, batch, SIGNAL) if self.signal.noisy else zeros
             score = lax.stop_gradient(self.signal.score(View(stats, eligible, noise)))
         draws = position_noise(key, batch, POLICY) if self.policy.noisy else zeros
-        selection, state = self.policy.select(score, eligible, state, Context(step, draws, all_rows))
+        selection, state = self.policy.select(score, eligible, state, Context(step, draws, all_rows, own_rows))
         return (_weighted(selection, score) if self.by_score else selection), state
 
 

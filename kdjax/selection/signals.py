@@ -91,6 +91,7 @@ SIGNALS: dict[str, Signal] = {
     "teacher_ce": _statistic("teacher_ce"),
     "kl": _statistic("kl"),  # KL(p || q), teacher p
     "reverse_kl": _statistic("reverse_kl"),  # KL(q || p)
+    "hellinger": _statistic("hellinger"),  # AdaKD: sqrt(1 - sum sqrt(p q)), in [0, 1]
     "token_gradient_norm": _statistic("student_gradient_norm"),  # ||q - onehot(y)||, exact
     "unc": _of(lambda ce: -jnp.expm1(-ce), "teacher_ce"),  # AT-KD: 1 - p(y)
     "ce_ratio": _of(_ratio, "student_ce", "teacher_ce"),

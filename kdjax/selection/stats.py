@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Iterable
 
+import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kdjax.kernels.linear_divergence import Pair, Term, linear_divergence
 from kdjax.kernels.linear_stats import LinearStats, PairStats, linear_pair_stats, linear_stats
 from kdjax.types import Head, TokenStats
 
@@ -23,7 +26,18 @@ PAIR: dict[str, Callable[[PairStats], Array]] = {
     "kl": lambda pair: pair.kl,
     "reverse_kl": lambda pair: pair.reverse_kl,
 }
-NEEDS_TEACHER = frozenset(TEACHER) | frozenset(PAIR)
+
+
+def _squared_hellinger(pair: Pair) -> Array:
+    """1/2 sum (sqrt p - sqrt q)^2, not 1 - sum sqrt(p q), which is lost to rounding where p is near q."""
+    return 0.5 * jnp.square(jnp.exp(0.5 * pair.logp) - jnp.exp(0.5 * pair.logq))
+
+
+# Statistics of both that are sums of a term over the vocabulary: a pass of their own, nothing to add to the kernels.
+SUMS: dict[str, tuple[Term, Callable[[Array], Array]]] = {
+    "hellinger": (Term(_squared_hellinger), jnp.sqrt),
+}
+NEEDS_TEACHER = frozenset(TEACHER) | frozenset(PAIR) | frozenset(SUMS)
 
 
 def token_stats(
@@ -39,7 +53,7 @@ def token_stats(
     both = any(name in PAIR for name in needs)
     sides = {}
     for name, side, fields in (("student", student, STUDENT), ("teacher", teacher, TEACHER)):
-        wanted = [field for field in needs if field in fields or field in PAIR]
+        wanted = [field for field in needs if field in fields or field in PAIR or field in SUMS]
         if wanted and side is None:
             raise ValueError(
                 f"selection.signal must not need {wanted[0]!r}, got one that does; there is no {name} here. "
@@ -54,7 +68,18 @@ def token_stats(
         alone = {"student": pair.student, "teacher": pair.teacher}
         made = {name: of(pair) for name, of in PAIR.items() if name in needs}
     else:
-        alone = {name: linear_stats(*side, flat, implementation=implementation) for name, side in sides.items()}
+        asked = {"student": any(name in STUDENT for name in needs), "teacher": any(name in TEACHER for name in needs)}
+        alone = {
+            name: linear_stats(*side, flat, implementation=implementation)
+            for name, side in sides.items()
+            if asked[name]
+        }
     for name, fields in (("student", STUDENT), ("teacher", TEACHER)):
         made |= {field: of(alone[name]) for field, of in fields.items() if field in needs}
+    for name in (name for name in needs if name in SUMS):
+        term, of_sum = SUMS[name]
+        weight = jnp.ones(flat.shape, jnp.float32)
+        both_sides = lax.stop_gradient((*sides["student"], *sides["teacher"]))
+        _, values = linear_divergence(*both_sides, flat, weight, [term], [1.0], implementation=implementation)
+        made[name] = of_sum(values[0])
     return TokenStats(**{name: values.reshape(labels.shape) for name, values in made.items()})

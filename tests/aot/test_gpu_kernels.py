@@ -5,21 +5,27 @@ Compiled, not run: values are those of tests/kernels/test_pallas_gpu.py, in an i
 
 import contextlib
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from kdjax import aot
 from kdjax.config import Loss
-from kdjax.kernels import _dispatch, shapes
+from kdjax.kernels import _dispatch, shapes, topk
 from kdjax.kernels.linear_divergence import pallas_gpu
+from kdjax.kernels.sparse_divergence import pallas_gpu as sparse_gpu
+from kdjax.kernels.sparse_divergence import sparse_divergence
+from kdjax.kernels.topk import pallas_gpu as topk_gpu
 from kdjax.losses import LOSSES
 from kdjax.types import Head
 from tests.kernels import oracle
 
 H100, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
-OPS = ("linear_stats", "linear_pair_stats", "linear_divergence", "linear_divergence+grad")
+SPARSE = ("sparse_divergence", "sparse_divergence+grad")
+OPS = ("linear_stats", "linear_pair_stats", "linear_divergence", "linear_divergence+grad", "topk", *SPARSE)
 KERNEL = "mosaic_gpu"
 
 
@@ -28,12 +34,12 @@ def arguments(op, name, rows, dtype="bfloat16"):
 
 
 @contextlib.contextmanager
-def traced_for(kind):
-    """As under the mesh of a GPU that is not here."""
+def traced_for(kind, devices=1):
+    """As under the mesh of GPUs that are not here."""
     device = jax.sharding.AbstractDevice(kind, 132, "gpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+    mesh = jax.sharding.AbstractMesh((devices,), ("data",), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-        yield
+        yield mesh
 
 
 def lowered(kind, function, *args):
@@ -77,7 +83,18 @@ def test_every_loss_lowers(name):
     """Its slope too, and what it asks of a row: in one kernel of values and gradient."""
     term = LOSSES[name](Loss())
     hidden, head = jnp.zeros((64, 64), jnp.bfloat16), Head(jnp.zeros((128, 64), jnp.bfloat16), 128, True)
-    names = ("label", "weight", "topq", "topp", "logq0", "logq1", "logp0", "logp1", "c0", "row0.0", "row0.1", "row0.2")
+    names = (
+        "label",
+        "weight",
+        "topq",
+        "topp",
+        "logq0",
+        "logq1",
+        "logp0",
+        "logp1",
+        "c0",
+        *(f"row0.{at}" for at in range(4)),
+    )
 
     def run(hidden, weight, row):
         own = dataclasses.replace(head, weight=weight)
@@ -92,6 +109,26 @@ def test_every_loss_lowers(name):
         )
 
     assert KERNEL in lowered(H100, run, hidden, head.weight, jnp.zeros(64))
+
+
+def test_a_split_head_stays_split():
+    """Devices tell each other the K best of each row, its maximum and its sum."""
+    rows, width, vocab, k = 64, 64, 50257, 16
+
+    def local(hidden, weight):
+        return topk.topk(hidden, Head(weight, vocab, True, vocab_axis="data"), k)
+
+    with traced_for(H100, devices=4) as mesh:
+        specs = {"in_specs": (P(), P("data", None)), "out_specs": P()}
+        run = jax.jit(jax.shard_map(local, mesh=mesh, **specs, check_vma=False))
+        arrays = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((rows, width), (50432, width)))
+        text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert KERNEL in text
+    sizes = re.findall(r'"stablehlo\.all_gather".*: \((tensor<.*>)\) -> ', text)
+    assert sorted(sizes) == [f"tensor<{rows}x{k}xf32>", f"tensor<{rows}x{k}xi32>"]
+    sizes = re.findall(r'"stablehlo\.all_reduce".*?\n    *\}\) : \((.*?)\) ->', text, re.DOTALL)
+    assert sizes == [f"tensor<{rows}x1xf32>"] * 2
+    assert not re.search("collective_permute|all_to_all|reduce_scatter", text)
 
 
 def needs_compiler():
@@ -137,3 +174,32 @@ def test_gradient_compiles_within_its_budget():
     own = bytes_ - 4 * (given.head.weight.size + given.hidden.size)
     assert own < pallas_gpu.CHUNK_BYTES * 1.1 + given.head.weight.size
     assert own < rows * given.head.vocab_size  # not even one byte for each
+
+
+@pytest.mark.gpu_compiler
+@pytest.mark.parametrize("name", ["smollm2", "llama3_untied", "gemma3"])
+def test_topk_compiles_within_its_budget(name):
+    """The logits of some rows and little else, however many rows there are."""
+    needs_compiler()
+    bytes_, given, text = temporary("topk", name, 8192)
+    assert KERNEL in text
+    vocab = given.head.vocab_size
+    assert bytes_ < topk_gpu.CHUNK_BYTES * 1.1
+    assert bytes_ < 8192 * vocab  # not even one byte for each
+    assert oracle.largest_shape(text)[0] <= max(given.head.weight.size, topk_gpu.CHUNK_BYTES // 4)
+
+
+@pytest.mark.gpu_compiler
+@pytest.mark.parametrize(("name", "entries"), [("qwen2.5_self", 64), ("llama3_untied", 512)])
+def test_sparse_divergence_compiles_within_its_budget(name, entries, monkeypatch):
+    """The entries in rounds, the gradient of the logits of some rows and the head's own, however many rows there are."""
+    needs_compiler()
+    monkeypatch.setitem(shapes.SHAPES, name, dataclasses.replace(shapes.SHAPES[name], entries=entries))
+    for op in SPARSE:
+        bytes_, given, text = temporary(op, name, 8192)
+        assert KERNEL in text
+        # d_hidden, and in the arguments' order what is cut into chunks of rows: some [N, K] and [N, D].
+        rows = 8 * (given.hidden.size + 4 * given.ids.size)
+        weight = given.head.weight.size
+        assert bytes_ < sparse_gpu.CHUNK_BYTES * 1.1 + rows + (4 * weight if "grad" in op else 0)
+        assert oracle.largest_shape(text)[0] <= max(weight, sparse_gpu.CHUNK_BYTES // 2)

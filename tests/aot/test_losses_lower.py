@@ -18,7 +18,8 @@ def scalars_of(term):
     tile = jax.ShapeDtypeStruct((ROWS, COLUMNS), jnp.float32)
     if term.row_scalars is None:
         return 0
-    pair = Pair(tile, tile, tile, tile, jax.ShapeDtypeStruct(tile.shape, bool))
+    said = jax.ShapeDtypeStruct((ROWS, 1), jnp.float32) if term.given else None
+    pair = Pair(tile, tile, tile, tile, jax.ShapeDtypeStruct(tile.shape, bool), said)
     return jax.eval_shape(lambda pair: term.row_scalars(pair, lambda v: jnp.sum(v, -1, keepdims=True)), pair).shape[1]
 
 

@@ -25,6 +25,7 @@ class Oracle:
     """value(teacher logits, student logits, labels, config) -> [N] in float64; what the loss says of itself.
 
     reads: the one field of the config that the loss depends on, if any.
+    given: reads a number per row, which is its last argument. vanishes: value and gradient are 0 at the teacher.
     detached: where parts of the loss are under stop-gradient, the same function with one argument more, the student
     logits from which those parts are taken; what is differentiated.
     """
@@ -33,6 +34,8 @@ class Oracle:
     reads: str = ""
     teacher: bool = True
     tempered: bool = True
+    given: bool = False
+    vanishes: Callable[[Loss], bool] = lambda config: True
     detached: Callable[[np.ndarray, np.ndarray, np.ndarray, Loss, np.ndarray], np.ndarray] | None = None
 
 
@@ -69,15 +72,37 @@ def akl(p, q, y, c, at):
     return share * oracle.kl(p, q) + (1 - share) * oracle.kl(q, p)
 
 
-def dkd(p, q, y, c):
-    """From the logits of the rest and the log of their sum; 1 - p_y appears nowhere."""
+def decoupled(p, q, y):
+    """KL of the label against the rest and KL among the rest, from the rest's logits and the log of their sum."""
     others = ~np.eye(p.shape[1], dtype=bool)[y]
     rest_p, rest_q = (z[others].reshape(len(z), -1) for z in (p, q))
 
     def against_rest(z, rest):
         return np.stack([z[np.arange(len(z)), y], np.logaddexp.reduce(rest, -1)], 1)
 
-    return oracle.kl(against_rest(p, rest_p), against_rest(q, rest_q)) + c.dkd_beta * oracle.kl(rest_p, rest_q)
+    return oracle.kl(against_rest(p, rest_p), against_rest(q, rest_q)), oracle.kl(rest_p, rest_q)
+
+
+def dkd(p, q, y, c):
+    against, among = decoupled(p, q, y)
+    return against + c.dkd_beta * among
+
+
+def at_kd(p, q, y, c, given):
+    against, among = decoupled(p, q, y)
+    return among + given * against
+
+
+def udkd(p, q, y, c, at):
+    gates = {
+        "unc": lambda: 1 - np.exp(oracle.log_softmax(p))[np.arange(len(p)), y],
+        "teacher_entropy": lambda: oracle.entropy(p) / np.log(p.shape[1]),
+        "student_entropy": lambda: oracle.entropy(at) / np.log(p.shape[1]),
+        "kl": lambda: oracle.kl(p, at),
+        "reverse_kl": lambda: oracle.kl(at, p),
+    }
+    logp, logq = (oracle.log_softmax(z)[np.arange(len(z)), y] for z in (p, q))
+    return decoupled(p, q, y)[1] - gates[c.udkd_gate]() * np.exp(logp) * logq
 
 
 ORACLES = {
@@ -90,6 +115,16 @@ ORACLES = {
     "todi": Oracle(lambda p, q, y, c: todi(p, q, y, c, q), "todi_scale", detached=todi),
     "akl": Oracle(lambda p, q, y, c: akl(p, q, y, c, q), "akl_mu", detached=akl),
     "dkd": Oracle(dkd, "dkd_beta"),
+    "udkd": Oracle(
+        lambda p, q, y, c: udkd(p, q, y, c, q), "udkd_gate", vanishes=lambda c: "kl" in c.udkd_gate, detached=udkd
+    ),
+    "at_kd": Oracle(at_kd, given=True),
+    "adakd_forward_kl": Oracle(
+        lambda p, q, y, c, given: given**2 * oracle.kl(p / given[:, None], q / given[:, None]), given=True
+    ),
+    "adakd_reverse_kl": Oracle(
+        lambda p, q, y, c, given: given**2 * oracle.kl(q / given[:, None], p / given[:, None]), given=True
+    ),
     "cross_entropy": Oracle(cross_entropy, teacher=False, tempered=False),
 }
 VARIANTS = {  # the default first
@@ -98,6 +133,7 @@ VARIANTS = {  # the default first
     "todi_scale": (1.0, 0.0, 3.0),
     "akl_mu": (0.5, 0.1, 0.9),
     "dkd_beta": (8.0, 0.0, 1.0),
+    "udkd_gate": ("unc", "teacher_entropy", "student_entropy", "kl", "reverse_kl"),
 }
 
 every_loss = pytest.mark.parametrize("name", LOSSES)
@@ -118,16 +154,27 @@ def oracle_of(name):
     return ORACLES[name]
 
 
+def oracle_value(name, teacher, student, labels, config):
+    """In float64, [N]."""
+    said = (given_of(len(student)),) if oracle_of(name).given else ()
+    return oracle_of(name).value(teacher, student, labels, config, *said)
+
+
 def oracle_slope(name, teacher, student, labels, config):
     """d value / d student logits in float64, by central differences."""
     want = oracle_of(name)
     if want.detached is None:
-        return oracle.slope(lambda logits: want.value(teacher, logits, labels, config), student)
+        return oracle.slope(lambda logits: oracle_value(name, teacher, logits, labels, config), student)
     return oracle.slope(lambda logits: want.detached(teacher, logits, labels, config, student), student)
 
 
 DEFAULT = Loss()
 ROWS, VOCAB = 36, 11  # one shape wherever it can be: programs are compiled once per shape
+
+
+def given_of(rows):
+    """A number per row for the losses that ask: a share (at_kd), a temperature (adakd)."""
+    return (np.linspace(0.5, 1.75, rows) * 256).round() / 256
 
 
 @functools.cache
@@ -138,13 +185,14 @@ def term_of(name, config):
 
 @functools.cache
 def differentiated(term):
-    def total(student, head, teacher, teacher_head, labels, weight, tau):
-        return linear_divergence(student, head, teacher, teacher_head, labels, weight, [term], [1.0], tau)
+    def total(student, head, teacher, teacher_head, labels, weight, tau, given):
+        sides = (student, head, teacher, teacher_head)
+        return linear_divergence(*sides, labels, weight, [term], [1.0], tau, given=given)
 
     return jax.jit(jax.value_and_grad(total, has_aux=True))
 
 
-def evaluate(name, student, teacher, *, labels=None, weight=None, config=DEFAULT, tau=1.0):
+def evaluate(name, student, teacher, *, labels=None, weight=None, config=DEFAULT, tau=1.0, given=None):
     """(total, values [N], d total / d student logits): the head is the identity, so that rows are their own logits."""
     student, teacher = jnp.asarray(student, jnp.float32), jnp.asarray(teacher, jnp.float32)
     n, v = student.shape
@@ -152,8 +200,9 @@ def evaluate(name, student, teacher, *, labels=None, weight=None, config=DEFAULT
     weight = jnp.ones(n) if weight is None else jnp.asarray(weight, jnp.float32)
     head, term = Head(jnp.eye(v), v), term_of(name, config)
     sides = (teacher, head) if term.teacher else (None, None)
+    given = jnp.asarray(given_of(n) if given is None else given, jnp.float32) if term.given else None
 
-    (total, values), gradient = differentiated(term)(student, head, *sides, labels, weight, tau)
+    (total, values), gradient = differentiated(term)(student, head, *sides, labels, weight, tau, given)
     return total, values[0], gradient
 
 
@@ -192,7 +241,7 @@ def test_oracle(name, config, tau):
     want, (student, teacher, labels) = oracle_of(name), draw()
     t = tau if want.tempered else 1.0
 
-    value = want.value(teacher / t, student / t, labels, config)
+    value = oracle_value(name, teacher / t, student / t, labels, config)
     weight = np.linspace(0.25, 1.5, ROWS)
     total, values, gradient = evaluate(name, student, teacher, labels=labels, weight=weight, config=config, tau=tau)
     np.testing.assert_allclose(values, value, rtol=1e-5, atol=1e-9)  # dkd without its second part: down to 1e-5
@@ -204,12 +253,15 @@ def test_oracle(name, config, tau):
 @every_loss
 def test_what_it_declares(name):
     want, term = oracle_of(name), LOSSES[name](Loss())
-    assert (term.teacher, term.tempered) == (want.teacher, want.tempered)
+    assert (term.teacher, term.tempered, bool(term.given)) == (want.teacher, want.tempered, want.given)
+    side, rest = (jnp.ones((1, 2)), Head(jnp.eye(2), 2)), (jnp.zeros(1, int), jnp.ones(1), [term], [1])
     if want.teacher:
         with pytest.raises(ValueError, match="a term compares with the teacher"):
-            linear_divergence(
-                jnp.ones((1, 2)), Head(jnp.eye(2), 2), None, None, jnp.zeros(1, int), jnp.ones(1), [term], [1]
-            )
+            linear_divergence(*side, None, None, *rest)
+    if want.given:
+        message = f"^given must be a number per row, got None; a term reads the {term.given} of each row."
+        with pytest.raises(ValueError, match=message):
+            linear_divergence(*side, *side, *rest)
 
 
 @every_variant
@@ -221,7 +273,8 @@ def test_gradient_sum(name, config):
     logp, logq = (jnp.asarray(oracle.log_softmax(z), jnp.float32) for z in (teacher, student))
     is_label = jnp.eye(logq.shape[1], dtype=bool)[labels]
 
-    pair = Pair(logp, logq, jnp.exp(logp), jnp.exp(logq), is_label)
+    said = jnp.asarray(given_of(ROWS), jnp.float32)[:, None] if term.given else None
+    pair = Pair(logp, logq, jnp.exp(logp), jnp.exp(logq), is_label, said)
     if term.row_scalars is not None:
         pair = pair._replace(row=term.row_scalars(pair, lambda values: jnp.sum(values, -1, keepdims=True)))
 
@@ -245,9 +298,13 @@ def test_zero_at_the_teacher(name, config):
 
     def total(student_hidden, student_head):
         rest = (jnp.zeros(300, jnp.int32), jnp.ones(300), [term], [1.0], 1.3)
-        return linear_divergence(student_hidden, student_head, hidden, head, *rest)
+        given = jnp.asarray(given_of(300), jnp.float32)
+        return linear_divergence(student_hidden, student_head, hidden, head, *rest, given=given)
 
     (value, values), gradients = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(hidden, head)
+    if not oracle_of(name).vanishes(config):
+        assert value / 300 > 1e-3
+        return
     np.testing.assert_allclose(values, 0.0, atol=1e-6)
     np.testing.assert_allclose(value / 300, 0.0, atol=1e-6)
     for gradient in jax.tree.leaves(gradients):
@@ -270,7 +327,7 @@ def test_extreme_logits(name, config):
     assert np.isfinite(total)
     assert np.isfinite(gradient).all()
 
-    np.testing.assert_allclose(values, oracle_of(name).value(teacher, student, labels, config), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(values, oracle_value(name, teacher, student, labels, config), rtol=1e-5, atol=1e-6)
     if name != "tvd":  # its kinks are where p = q, as both are 0 here
         error = np.abs(oracle_slope(name, teacher, student, labels, config) - gradient)
         assert (error < 1e-4 * np.maximum(1.0, np.abs(values))[:, None]).all()
@@ -282,7 +339,7 @@ def test_slots_are_exchangeable(name):
     weight, order = np.linspace(0.0, 1.0, ROWS), np.random.default_rng(1).permutation(ROWS)
     total, values, gradient = evaluate(name, student, teacher, labels=labels, weight=weight)
     rows = (student[order], teacher[order])
-    moved = evaluate(name, *rows, labels=labels[order], weight=weight[order])
+    moved = evaluate(name, *rows, labels=labels[order], weight=weight[order], given=given_of(ROWS)[order])
     np.testing.assert_allclose(moved[0], total, rtol=1e-6)
     np.testing.assert_allclose(moved[1], values[order], rtol=1e-6)
     np.testing.assert_allclose(moved[2], gradient[order], rtol=1e-6, atol=1e-7)
@@ -399,20 +456,21 @@ def test_eight_devices():
     hidden, teacher = (jnp.asarray(numbers.normal(size=(16, 6)), jnp.float32) for _ in range(2))
     head, teacher_head = (Head(jnp.asarray(numbers.normal(size=(6, 9)), jnp.float32), 9) for _ in range(2))
     labels = jnp.asarray(numbers.integers(9, size=16), jnp.int32)
-    weight = jnp.asarray(numbers.uniform(size=16), jnp.float32)
+    weight, given = (jnp.asarray(numbers.uniform(0.5, 1.5, size=16), jnp.float32) for _ in range(2))
     coefficients = [0.5 + 0.1 * at for at in range(len(terms))]
 
-    def total(hidden, head, teacher, teacher_head, labels, weight):
-        return linear_divergence(hidden, head, teacher, teacher_head, labels, weight, terms, coefficients, 1.5)[0]
+    def total(hidden, head, teacher, teacher_head, labels, weight, given):
+        sides = (hidden, head, teacher, teacher_head)
+        return linear_divergence(*sides, labels, weight, terms, coefficients, 1.5, given=given)[0]
 
     row = rules.batch_spec
     spread = rules.rowwise(
         lambda *rows: rules.sum_over_batch(total(*rows)),
-        in_specs=(row(2), P(), row(2), P(), row(1), row(1)),
+        in_specs=(row(2), P(), row(2), P(), row(1), row(1), row(1)),
         out_specs=P(),
     )
-    rows = (hidden, head, teacher, teacher_head, labels, weight)
-    specs = (row(2), P(), row(2), P(), row(1), row(1))
+    rows = (hidden, head, teacher, teacher_head, labels, weight, given)
+    specs = (row(2), P(), row(2), P(), row(1), row(1), row(1))
     placed = [jax.device_put(array, NamedSharding(rules.mesh, spec)) for array, spec in zip(rows, specs, strict=True)]
     one, eight = jax.jit(jax.value_and_grad(total, (0, 1)))(*rows), jax.jit(jax.value_and_grad(spread, (0, 1)))(*placed)
     for got, want in zip(jax.tree.leaves(eight), jax.tree.leaves(one), strict=True):

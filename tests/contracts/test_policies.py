@@ -34,6 +34,9 @@ BUDGETS = {
     "threshold": None,
     "bucket": None,
     "sampled": None,
+    "easy_hard": lambda fraction, eligible: eligible,
+    "easy_hard_means": lambda fraction, eligible: eligible,
+    "adaptive": lambda fraction, eligible: eligible,  # at first
 }
 MAY_BE_EMPTY = ("bucket",)  # a band of one or two positions may lie between them
 NOT_DENSE_AT_1 = ("sampled",)  # draws with replacement
@@ -210,10 +213,18 @@ def test_what_it_says_of_its_signal(policy):
     entry, _ = made(policy, 0.28)
     assert entry.signal is None or entry.signal in SIGNALS
     rising = jnp.broadcast_to(jnp.arange(T, dtype=jnp.float32)[None, :], (B, T))
-    assert entry.uses_signal == (chosen(policy, 0.28, rising + 1) != chosen(policy, 0.28, T - rising))
     program, eligible = made(policy, 0.28)[1], jnp.asarray(ragged())
-    draws = [program(rising + 1, eligible, entry.init(), context(range(B), seed=seed))[0].index for seed in (0, 1)]
-    assert entry.noisy == (not np.array_equal(*draws))
+
+    def selection(score, seed=0):
+        """As one array, with whatever else it says of the slots."""
+        leaves = jax.tree.leaves(program(score, eligible, entry.init(), context(range(B), seed=seed))[0])
+        return np.concatenate([np.asarray(leaf, np.float64).reshape(-1) for leaf in leaves])
+
+    assert entry.uses_signal == (not np.array_equal(selection(rising + 1), selection(T - rising)))
+    assert entry.noisy == (not np.array_equal(selection(rising + 1), selection(rising + 1, seed=1)))
+    given = program(rising + 1, eligible, entry.init(), context(range(B)))[0].given
+    assert bool(entry.gives) == (given is not None)
+    assert given is None or given.shape == (B, entry.slots(T))
 
 
 # --- random_fraction, the control arm

@@ -9,7 +9,7 @@ import pytest
 
 from kdjax.selection import SIGNALS, token_stats
 from kdjax.selection.signals import View, position_noise
-from kdjax.selection.stats import PAIR, STUDENT, TEACHER
+from kdjax.selection.stats import PAIR, STUDENT, SUMS, TEACHER
 from kdjax.types import Batch, Head, TokenStats
 from tests.kernels import oracle
 
@@ -122,7 +122,7 @@ def in_unit_range(values):
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Entropies, cross-entropies and both KL, [B*T] in float64; norm: ||q - onehot||; p_y: the teacher's label."""
+    """Entropies, cross-entropies, distances, [B*T] in float64; norm: ||q - onehot||; p_y: the teacher's label."""
 
     h: np.ndarray
     teacher_h: np.ndarray
@@ -132,13 +132,16 @@ class Measured:
     reverse_kl: np.ndarray
     norm: np.ndarray
     p_y: np.ndarray
+    hellinger: np.ndarray
 
 
 def measured(student, teacher, labels):
     own, other = oracle.statistics(student, labels), oracle.statistics(teacher, labels)
     ce, teacher_ce = -own["label_logp"], -other["label_logp"]
     kl, reverse_kl, norm = oracle.kl(teacher, student), oracle.kl(student, teacher), np.sqrt(own["brier"])
-    return Measured(own["entropy"], other["entropy"], ce, teacher_ce, kl, reverse_kl, norm, np.exp(-teacher_ce))
+    overlap = np.exp(0.5 * (oracle.log_softmax(student) + oracle.log_softmax(teacher))).sum(-1)
+    rest = (norm, np.exp(-teacher_ce), np.sqrt(1 - overlap))
+    return Measured(own["entropy"], other["entropy"], ce, teacher_ce, kl, reverse_kl, *rest)
 
 
 SCORES = {
@@ -148,6 +151,7 @@ SCORES = {
     "teacher_ce": lambda m: m.teacher_ce,
     "kl": lambda m: m.kl,
     "reverse_kl": lambda m: m.reverse_kl,
+    "hellinger": lambda m: m.hellinger,
     "token_gradient_norm": lambda m: m.norm,
     "unc": lambda m: 1 - m.p_y,
     "ce_ratio": lambda m: m.ce / (m.teacher_ce + 1e-6),
@@ -210,16 +214,20 @@ def test_no_gradient(name):
 
 
 def test_every_statistic_has_a_source():
-    assert [*STUDENT, *TEACHER, *PAIR] == NAMES
+    assert [*STUDENT, *TEACHER, *PAIR, *SUMS] == NAMES
 
 
-@pytest.mark.parametrize("needs", [(), ("student_ce",), ("teacher_ce", "student_entropy"), tuple(NAMES)])
+@pytest.mark.parametrize(
+    "needs",
+    [(), ("student_ce",), ("hellinger",), ("hellinger", "teacher_ce"), ("teacher_ce", "student_entropy"), NAMES],
+)
 def test_token_stats(needs):
     """What is asked for, [B, T] in nats, and nothing else."""
     student, teacher, labels = sides()
     stats = token_stats(needs, student, teacher, labels)
     m = measured(logits(student), logits(teacher), np.asarray(labels).reshape(-1))
-    want = dict(zip(NAMES, (m.h, m.ce, m.norm, m.teacher_h, m.teacher_ce, m.kl, m.reverse_kl), strict=True))
+    values = (m.h, m.ce, m.norm, m.teacher_h, m.teacher_ce, m.kl, m.reverse_kl, m.hellinger)
+    want = dict(zip(NAMES, values, strict=True))
     for name in NAMES:
         got = getattr(stats, name)
         if name not in needs:

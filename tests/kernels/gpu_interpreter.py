@@ -1,8 +1,8 @@
 """Mosaic GPU kernels on the CPU: JAX's own interpreter, which simulates warpgroups, barriers, copies and shared memory.
 
 Three things are added to it. It knows no transposed operand of a wgmma, as heads stored [V, D] are read; nor layouts of
-registers, which mean nothing here; and it compiles a kernel anew for every block of the grid and every warpgroup, which
-takes seconds where once is enough.
+registers or loads that name one, which mean nothing here; and it compiles a kernel anew for every block of the grid and
+every warpgroup, which takes seconds where once is enough.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, force_gpu_interpret_mode
 from jax._src.state.types import TransposeTransform
+from jax.experimental.pallas import mosaic_gpu
 
 mlir.register_lowering(layout_cast_p, lambda ctx, value, *, new_layout: [value], platform="cpu")
 
@@ -25,6 +26,7 @@ mlir.register_lowering(layout_cast_p, lambda ctx, value, *, new_layout: [value],
 def interpreted(monkeypatch, **params):
     """Kernels traced here are interpreted. Unwritten memory is NaN, and so is what lies behind the end of an array."""
     monkeypatch.setattr(gpu_callbacks, "wgmma", _wgmma)
+    monkeypatch.setattr(mosaic_gpu, "load", lambda ref, at, **_: ref[at])
     monkeypatch.setattr(thread_map, "_run_jaxpr", _run_compiled)
     with force_gpu_interpret_mode(InterpretGPUParams(out_of_bounds_reads="uninitialized", **params)):
         try:

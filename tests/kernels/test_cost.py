@@ -94,3 +94,9 @@ def test_cost_follows_the_slots():
     """A fifth of the rows takes at most a quarter of the time."""
     few = dataclasses.replace(SHAPE, rows=SHAPE.rows // 5)
     at_most(0.25, timed("xla", DIVERGENCE, few), timed("xla", DIVERGENCE, SHAPE))
+
+
+@pytest.mark.slow
+def test_draws_cost_little_beside_the_statistics():
+    """64 draws per row, against one pass over the vocabulary."""
+    at_most(1.5, timed("xla", "linear_sample", HALF), timed("xla", "linear_stats", HALF))

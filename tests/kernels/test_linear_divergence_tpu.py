@@ -32,7 +32,7 @@ def with_gradients(p, mixture, tau=1.7, implementation="pallas_tpu"):
 
     def total(hidden, head, rest):
         inputs = (hidden, head, *rest, tuple(mixture), list(mixture.values()), tau)
-        return linear_divergence(*inputs, implementation=implementation)
+        return linear_divergence(*inputs, given=rest[-1] + 0.5, implementation=implementation)
 
     differentiate = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
     (value, values), gradients = differentiate(p[0], p[1], p[2:])
@@ -106,7 +106,9 @@ def test_a_small_gradient_in_bfloat16():
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize(("vocab", "soft_cap", "looking_at_rows"), [(85, 0.0, ["akl", "dkd"]), (60, 4.0, [])])
+@pytest.mark.parametrize(
+    ("vocab", "soft_cap", "looking_at_rows"), [(85, 0.0, ["akl", "dkd", "adakd_reverse_kl"]), (60, 4.0, [])]
+)
 def test_a_split_head(vocab, soft_cap, looking_at_rows, monkeypatch):
     """4 devices with 25 columns each; at 85 the last has padding, at 60 it has nothing else."""
     monkeypatch.setattr("kdjax.kernels.linear_divergence.row_scalars.ROWS", 24)
@@ -118,7 +120,8 @@ def test_a_split_head(vocab, soft_cap, looking_at_rows, monkeypatch):
     def total(hidden, head, teacher_hidden, teacher_head, labels, weight):
         heads = (dataclasses.replace(own, vocab_axis="model") for own in (head, teacher_head))
         inputs = hidden, next(heads), teacher_hidden, next(heads), labels, weight
-        return linear_divergence(*inputs, tuple(mixture), list(mixture.values()), 1.7, implementation="pallas_tpu")
+        rest = tuple(mixture), list(mixture.values()), 1.7
+        return linear_divergence(*inputs, *rest, given=weight + 0.5, implementation="pallas_tpu")
 
     specs = (P(), P("model"), P(), P(None, "model"), P(), P())
     split = jax.shard_map(total, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
@@ -188,7 +191,7 @@ def differentiated(terms):
     def function(hidden, head, *rest):
         def total(hidden, head):
             inputs = (hidden, head, *rest, tuple(terms), [1.0] * len(terms), 2.0)
-            return linear_divergence(*inputs, implementation="pallas_tpu")[0]
+            return linear_divergence(*inputs, given=rest[-1], implementation="pallas_tpu")[0]
 
         return jax.value_and_grad(total, (0, 1))(hidden, head)
 

@@ -279,19 +279,19 @@ def test_parts_cover_the_columns(row_blocks, column_blocks):
         assert row_blocks * column_blocks >= 0.75 * waves * each * _gpu_block_sizes.PROCESSORS
 
 
-@hypothesis.given(st.integers(1, 10**5), st.integers(1, 3 * 10**5), st.integers(1, 2**28))
-def test_chunks_cover_the_rows(rows, width, at_most):
-    count, size = _gpu_block_sizes.chunks(rows, width, at_most)
+@hypothesis.given(st.integers(1, 10**5), st.integers(1, 3 * 10**5), st.integers(1, 2**28), st.sampled_from([2, 4]))
+def test_chunks_cover_the_rows(rows, width, at_most, stored):
+    count, size = _gpu_block_sizes.chunks(rows, width, at_most, stored)
     assert size % _gpu_block_sizes.ROWS == 0
     assert (count - 1) * size < rows <= count * size
-    assert 2 * width * size <= max(at_most, 2 * width * _gpu_block_sizes.ROWS)
+    assert stored * width * size <= max(at_most, stored * width * _gpu_block_sizes.ROWS)
 
 
 @pytest.mark.parametrize("rings", [1, 2])
-@pytest.mark.parametrize("gradient", [False, True])
-def test_shared_memory(rings, gradient):
-    columns, stages = _gpu_block_sizes.choose(rings, gradient)
-    used = rings * stages * 128 * (128 + columns) + (2 * 128 * columns if gradient else 0)
+@pytest.mark.parametrize("stored", [0, 2, 4])
+def test_shared_memory(rings, stored):
+    columns, stages = _gpu_block_sizes.choose(rings, stored)
+    used = rings * stages * 128 * (128 + columns) + stored * 128 * columns
     assert stages >= 2
     assert used <= 227 * 1024 - 8 * 1024
 

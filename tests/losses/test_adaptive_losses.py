@@ -1,4 +1,4 @@
-"""ToDi, AKL and DKD: what their definitions fix beyond the contract that all losses keep."""
+"""ToDi, AKL, DKD and their kin: what their definitions fix beyond the contract that all losses keep."""
 
 import functools
 
@@ -23,7 +23,7 @@ def run(student, teacher, labels, name, config, implementation=None):
 
     def total(student):
         arguments = (student, eye, teacher, eye, labels, ones, [term], [1.0])
-        return linear_divergence(*arguments, implementation=implementation)
+        return linear_divergence(*arguments, given=0.75 * ones, implementation=implementation)
 
     (_, values), gradient = jax.value_and_grad(total, has_aux=True)(student)
     return values[0], gradient
@@ -165,18 +165,20 @@ def test_dkd_of_nothing_but_the_label():
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("name", ["todi", "akl", "dkd"])
+@pytest.mark.parametrize("name", ["todi", "akl", "dkd", "udkd", "at_kd", "adakd_reverse_kl"])
 def test_split_vocabulary(name, implementation):
     """Four devices with a quarter of the columns each, padding in the last: the numbers of one device."""
     numbers, vocab, width = np.random.default_rng(7), 21, 6
     student, teacher = (jnp.asarray(numbers.normal(size=(9, 5)) * 3, jnp.float32) for _ in range(2))
     weights = [jnp.asarray(numbers.normal(size=(5, 4 * width)), jnp.float32) for _ in range(2)]
     labels = jnp.asarray(numbers.integers(vocab, size=9), jnp.int32)
-    term, axes = LOSSES[name](Loss()), (jax.sharding.AxisType.Auto,)
+    # The gate knows how many columns there are, padding not counted.
+    term, axes = LOSSES[name](Loss(udkd_gate="student_entropy")), (jax.sharding.AxisType.Auto,)
 
     def total(student, weight, teacher_weight, axis=None):
         sides = (student, Head(weight, vocab, vocab_axis=axis), teacher, Head(teacher_weight, vocab, vocab_axis=axis))
-        return linear_divergence(*sides, labels, jnp.ones(9), [term], [1.0], 1.3, implementation=implementation)
+        rest, given = (labels, jnp.ones(9), [term], [1.0], 1.3), jnp.linspace(0.5, 1.5, 9)
+        return linear_divergence(*sides, *rest, given=given, implementation=implementation)
 
     split = jax.shard_map(
         lambda *arrays: total(*arrays, axis="vocab"),
@@ -190,7 +192,7 @@ def test_split_vocabulary(name, implementation):
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["akl", "dkd"])
+@pytest.mark.parametrize("name", ["akl", "dkd", "adakd_forward_kl"])
 def test_vmap(name):
     numbers = np.random.default_rng(8)
     student, teacher = jnp.asarray(numbers.normal(size=(2, 3, 4, 6)), jnp.float32)

@@ -14,7 +14,8 @@ from tests.kernels.problems import Shape, make_problem
 from tests.kernels.stored import compare, inputs, kinds_of, programs, stored_of, with_gradients
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+# pallas_gpu takes no float32 and is not interpreted here.
+@pytest.mark.parametrize("implementation", sorted({*IMPLEMENTATIONS} - {"pallas_gpu"}))
 def test_split_over_devices(implementation):
     """Four devices with a part of the columns each, two of them with padding only, do what one does; no logits move."""
     p = make_problem(Shape(130, 13, padding=19))

@@ -39,6 +39,7 @@ def linear_divergence(
     coefficients: Sequence[Float[Array, ""] | float],
     tau: Float[Array, ""] | float = 1.0,
     *,
+    given: Float[Array, "N"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "M N"]]:
     """Weighted total of M terms over N rows, and each term's value per row, from one pass over the vocabulary.
@@ -47,11 +48,15 @@ def linear_divergence(
     weight 0 add nothing, whatever they hold. `values` are in nats, without tau^2 and coefficients, under stop-gradient.
     `total` is differentiable with respect to `hidden` and `head.weight` alone; the teacher never gets a gradient.
     A label must be an id of the vocabulary wherever the weight is not 0, if a term reads is_label.
+    given: a number per row, for terms that ask for one; None if none does.
     Teacher arguments may be None if no term reads the teacher. Raises ValueError if a term needs what is None or the
     two heads disagree on `vocab_size`.
     """
     if any(term.teacher for term in terms) and (teacher_hidden is None or teacher_head is None):
         raise ValueError("teacher_hidden and teacher_head must be given, got None; a term compares with the teacher.")
+    asked = [term.given for term in terms if term.given]
+    if asked and given is None:
+        raise ValueError(f"given must be a number per row, got None; a term reads the {asked[0]} of each row.")
     if not any(term.teacher for term in terms):
         teacher_hidden = teacher_head = None
     if teacher_head is not None:
@@ -60,7 +65,8 @@ def linear_divergence(
     chosen = _dispatch.choose("linear_divergence", IMPLEMENTATIONS, DECLINES, implementation, *sides)
     scales = jnp.stack([jnp.asarray(c, jnp.float32) for c in coefficients])
     tau = jnp.asarray(tau, jnp.float32)
-    teacher_hidden, teacher_head, labels, weight, scales, tau = lax.stop_gradient(
-        (teacher_hidden, teacher_head, labels, weight, scales, tau)
+    given = given if asked else None
+    teacher_hidden, teacher_head, labels, weight, scales, tau, given = lax.stop_gradient(
+        (teacher_hidden, teacher_head, labels, weight, scales, tau, given)
     )
-    return chosen(hidden, head, teacher_hidden, teacher_head, labels, weight, tuple(terms), scales, tau)
+    return chosen(hidden, head, teacher_hidden, teacher_head, labels, weight, tuple(terms), scales, tau, given)

@@ -33,16 +33,20 @@ class Term:
     differentiates it in logq (and in q = exp logq), never in pair.row.
     teacher: reads logp or p (else the teacher's head is not evaluated for it).
     tempered: both sides are softened by tau and the value counts tau^2 times; else temperature 1.
+    linear: its gradient on the logits is linear in p, so that an unbiased estimate of p gives an unbiased gradient.
     gradient_sum: c = sum_v dvalue/dlogq_v if it is the same for all rows (-1 for any -sum p log q): one reduction less.
     row_scalars(pair, vocab_sum) -> [C, R]: numbers of a whole row that `value` needs, such as a threshold; from the
     whole vocabulary, before the pass that evaluates `value`, under stop-gradient. `pair.row` is None there, and sums
     over columns must go through `vocab_sum`: a tile may hold one device's columns only. `value` reads number k of them
     as pair.row[:, k : k + 1].
+    given: what the caller must say of each row, in a word; `row_scalars` finds that number as `pair.row` [C, 1].
     For the chips' kernels `value` may use what Mosaic lowers: arithmetic, exp, log, log1p, tanh, logistic, where, ...
     """
 
     value: Callable[[Pair], Array]
     teacher: bool = True
     tempered: bool = True
+    linear: bool = False
     gradient_sum: float | None = None
     row_scalars: Callable[[Pair, VocabSum], Array] | None = None
+    given: str = ""

@@ -78,11 +78,12 @@ def linear_divergence(
     terms: tuple[Term, ...],
     coefficients: Float[Array, "M"],
     tau: Float[Array, ""],
+    given: Float[Array, "N"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "M N"]]:
     """See the package."""
     if hidden.shape[0] == 0:
         return jnp.zeros((), jnp.float32), jnp.zeros((len(terms), 0), jnp.float32)
-    scalars = row_scalars(terms, *lax.stop_gradient((hidden, head)), teacher_hidden, teacher_head, labels, tau)
+    scalars = row_scalars(terms, *lax.stop_gradient((hidden, head)), teacher_hidden, teacher_head, labels, tau, given)
     rest = (teacher_hidden, teacher_head, labels, weight, coefficients, tau, scalars)
     total, values = _divergence(terms, hidden, head, rest)
     return total, lax.stop_gradient(values)

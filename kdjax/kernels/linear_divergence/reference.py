@@ -21,14 +21,15 @@ def linear_divergence(
     terms: tuple[Term, ...],
     coefficients: Float[Array, "M"],
     tau: Float[Array, ""],
+    given: Float[Array, "N"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "M N"]]:
     """See the package."""
-    values = _values(hidden, head, teacher_hidden, teacher_head, labels, terms, tau)
+    values = _values(hidden, head, teacher_hidden, teacher_head, labels, terms, tau, given)
     # Rows of weight 0 are taken out before the maths: afterwards a NaN of theirs would come back as 0 * NaN.
     live = weight[:, None] != 0
     hidden = jnp.where(live, hidden, 0)
     teacher_hidden = None if teacher_hidden is None else jnp.where(live, teacher_hidden, 0)
-    kept = _values(hidden, head, teacher_hidden, teacher_head, labels, terms, tau)
+    kept = _values(hidden, head, teacher_hidden, teacher_head, labels, terms, tau, given)
     scales = coefficients * jnp.stack([tau * tau if term.tempered else jnp.ones_like(tau) for term in terms])
     return jnp.sum(scales[:, None] * weight[None, :] * kept), lax.stop_gradient(values)
 
@@ -41,6 +42,7 @@ def _values(
     labels: Int[Array, "N"],
     terms: tuple[Term, ...],
     tau: Float[Array, ""],
+    given: Float[Array, "N"] | None,
 ) -> Float[Array, "M N"]:
     axis = head.vocab_axis
     student = tile_logits(hidden, head)
@@ -58,6 +60,7 @@ def _values(
         if term.row_scalars is None:
             row = jnp.zeros((student.shape[0], 0), jnp.float32)
         else:
-            row = lax.stop_gradient(term.row_scalars(lax.stop_gradient(pair), total))
+            said = given[:, None] if term.given and given is not None else None
+            row = lax.stop_gradient(term.row_scalars(lax.stop_gradient(pair._replace(row=said)), total))
         values.append(total(term.value(pair._replace(row=row)))[:, 0])
     return jnp.stack(values)

@@ -25,6 +25,7 @@ def row_scalars(
     teacher_head: Head | None,
     labels: Int[Array, "N"],
     tau: Float[Array, ""],
+    given: Float[Array, "N"] | None = None,
 ) -> tuple[Float[Array, "N R"], ...]:
     """Per term what its `row_scalars` says of each row, [N, R]; R = 0 and no work for a term without. No gradient."""
     n = hidden.shape[0]
@@ -34,13 +35,14 @@ def row_scalars(
     if not any(term.teacher for term in asking):
         teacher_hidden = None
     count, size = row_tiles(n, ROWS)
-    rows = jax.tree.map(lambda a: split_rows(a, count, size), (hidden, teacher_hidden, labels))
+    rows = jax.tree.map(lambda a: split_rows(a, count, size), (hidden, teacher_hidden, labels, given))
 
-    def tile(part: tuple[Array, Array | None, Array]) -> list[Array]:
-        x, y, label = part
+    def tile(part: tuple[Array, Array | None, Array, Array | None]) -> list[Array]:
+        x, y, label, said = part
         student = tile_logits(x, head)
         teacher = None if y is None or teacher_head is None else tile_logits(y, teacher_head)
-        return [scalars_of_tile(term, student, teacher, is_label(head, label), tau, head.vocab_axis) for term in asking]
+        labelled = is_label(head, label)
+        return [scalars_of_tile(term, student, teacher, labelled, tau, head.vocab_axis, said) for term in asking]
 
     found = [a.reshape(count * size, -1)[:n] for a in lax.map(tile, lax.stop_gradient(rows))]
     return tuple(found.pop(0) if term.row_scalars else jnp.zeros((n, 0), jnp.float32) for term in terms)
@@ -53,6 +55,7 @@ def scalars_of_tile(
     labelled: Array,
     tau: Float[Array, ""],
     axis: str | None,
+    given: Float[Array, "C"] | None,
 ) -> Float[Array, "C R"]:
     """The same of one tile of logits, for one term."""
     if term.row_scalars is None:
@@ -60,5 +63,6 @@ def scalars_of_tile(
     t = tau if term.tempered else jnp.ones_like(tau)
     logq, q = tile_softmax(student / t, axis)
     logp, p = tile_softmax(teacher / t, axis) if term.teacher and teacher is not None else (None, None)
-    scalars = term.row_scalars(Pair(logp, logq, p, q, labelled), functools.partial(vocab_sum, axis=axis))
+    said = given[:, None] if term.given and given is not None else None
+    scalars = term.row_scalars(Pair(logp, logq, p, q, labelled, said), functools.partial(vocab_sum, axis=axis))
     return lax.stop_gradient(scalars.astype(jnp.float32))

@@ -52,16 +52,17 @@ def linear_divergence(
     terms: tuple[Term, ...],
     coefficients: Float[Array, "M"],
     tau: Float[Array, ""],
+    given: Float[Array, "N"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "M N"]]:
     """See the package."""
-    rest = (teacher_hidden, teacher_head, labels, weight, coefficients, tau)
+    rest = (teacher_hidden, teacher_head, labels, weight, coefficients, tau, given)
     total, values = _divergence(terms, hidden, head, rest)
     return total, lax.stop_gradient(values)
 
 
-# All that has no gradient: teacher_hidden, teacher_head, labels, weight, coefficients, tau.
-Rest = tuple[Array | None, Head | None, Array, Array, Array, Array]
-Rows = tuple[Array, Array | None, Array, Array]  # hidden, teacher_hidden, labels, weight
+# All that has no gradient: teacher_hidden, teacher_head, labels, weight, coefficients, tau, given.
+Rest = tuple[Array | None, Head | None, Array, Array, Array, Array, Array | None]
+Rows = tuple[Array, Array | None, Array, Array, Array | None]  # hidden, teacher_hidden, labels, weight, given
 Gradients = tuple[Any, Any]  # d_hidden, d_weight: float32 arrays, or None where nobody differentiates
 
 
@@ -86,10 +87,10 @@ def _tiles(
     terms: tuple[Term, ...], hidden: Array, head: Head, rest: Rest, with_gradient: bool
 ) -> tuple[Array, Array, Gradients]:
     """(total, values [M, N], (d_hidden [N, D], d_weight)), tile by tile; without gradient both are None."""
-    teacher_hidden, teacher_head, labels, weight, coefficients, tau = rest
+    teacher_hidden, teacher_head, labels, weight, coefficients, tau, given = rest
     n = hidden.shape[0]
     count, size = row_tiles(n, max(8, min(ROWS, TILE // kept_columns(head))))
-    tiles = jax.tree.map(lambda a: split_rows(a, count, size), (hidden, teacher_hidden, labels, weight))
+    tiles = jax.tree.map(lambda a: split_rows(a, count, size), (hidden, teacher_hidden, labels, weight, given))
 
     def tile(d_weight: Any, rows: Rows) -> tuple[Any, tuple[Array, Any]]:
         values, (d_hidden, d_weight) = _tile(terms, rows, head, teacher_head, coefficients, tau, d_weight)
@@ -123,7 +124,7 @@ def _tile(
     d_weight: Float[Array, "X Y"] | None,
 ) -> tuple[Float[Array, "M C"], Gradients]:
     """Values of all terms on this device's columns, and d_hidden, d_weight + this tile's part unless that is None."""
-    x, y, labels, weight = rows
+    x, y, labels, weight, given = rows
     count, size = row_tiles(kept_columns(head), COLUMNS)
     temperatures = {term.tempered: tau if term.tempered else jnp.ones_like(tau) for term in terms}
     # Filled with different numbers, which nobody reads: else the compiler makes one buffer and two copies of it.
@@ -132,7 +133,7 @@ def _tile(
     if y is not None and teacher_head is not None:
         read = {term.tempered: temperatures[term.tempered] for term in terms if term.teacher}
         teacher = _side(y, teacher_head, read, 1.0)
-    scalars = [_scalars(term, student, teacher, head, labels, tau) for term in terms]
+    scalars = [_scalars(term, student, teacher, head, labels, tau, given) for term in terms]
     scales = [
         (weight * coefficient * temperatures[term.tempered])[:, None]  # tau^2 of the value, 1 / tau of the chain rule
         for term, coefficient in zip(terms, coefficients, strict=True)
@@ -236,7 +237,13 @@ def _evaluate(term: Term, pair: Pair) -> tuple[Float[Array, "C X"], Float[Array,
 
 
 def _scalars(
-    term: Term, student: Side, teacher: Side | None, head: Head, labels: Int[Array, "C"], tau: Array
+    term: Term,
+    student: Side,
+    teacher: Side | None,
+    head: Head,
+    labels: Int[Array, "C"],
+    tau: Array,
+    given: Float[Array, "C"] | None,
 ) -> Float[Array, "C R"]:
     """What the term wants to know of each row before; it may look at whole rows."""
     if term.row_scalars is None:
@@ -244,4 +251,4 @@ def _scalars(
     counts = (column_ids(head) < head.vocab_size)[None, :]
     q = jnp.where(counts, student.logits, MASKED)
     p = None if teacher is None else jnp.where(counts, teacher.logits, MASKED)
-    return scalars_of_tile(term, q, p, is_label(head, labels), tau, head.vocab_axis)
+    return scalars_of_tile(term, q, p, is_label(head, labels), tau, head.vocab_axis, given)

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from kdjax import registry
 from kdjax.kernels import _dispatch
-from kdjax.kernels.sparse_divergence import api, pallas_tpu, reference, xla
+from kdjax.kernels.sparse_divergence import api, pallas_gpu, pallas_tpu, reference, xla
 from kdjax.kernels.sparse_divergence.api import Entries, SparseTerm
 from kdjax.types import Head
 
@@ -33,8 +33,9 @@ IMPLEMENTATIONS = {
     "reference": reference.sparse_divergence,
     "xla": xla.sparse_divergence,
     "pallas_tpu": pallas_tpu.sparse_divergence,
+    "pallas_gpu": pallas_gpu.sparse_divergence,
 }
-DECLINES: dict[str, _dispatch.Declines] = {"pallas_tpu": pallas_tpu.declines}
+DECLINES: dict[str, _dispatch.Declines] = {"pallas_tpu": pallas_tpu.declines, "pallas_gpu": pallas_gpu.declines}
 
 KINDS = {
     "sampled": SparseTerm(api.sampled),
@@ -42,7 +43,7 @@ KINDS = {
     "zero_tail": SparseTerm(api.zero_tail),
     "ghost_tail": SparseTerm(api.ghost_tail),
 }
-BIASED = ("reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "dkd", "akl", "todi")
+BIASED = ("reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "dkd", "udkd", "at_kd", "akl", "todi")
 
 
 def sparse_divergence(

@@ -4,14 +4,19 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from kdjax.kernels import _dispatch
-from kdjax.kernels.topk import pallas_tpu, reference, xla
+from kdjax.kernels.topk import pallas_gpu, pallas_tpu, reference, xla
 from kdjax.kernels.topk.api import TopK
 from kdjax.types import Head
 
 __all__ = ["DECLINES", "IMPLEMENTATIONS", "TopK", "topk"]
 
-IMPLEMENTATIONS = {"reference": reference.topk, "xla": xla.topk, "pallas_tpu": pallas_tpu.topk}
-DECLINES: dict[str, _dispatch.Declines] = {"pallas_tpu": pallas_tpu.declines}
+IMPLEMENTATIONS = {
+    "reference": reference.topk,
+    "xla": xla.topk,
+    "pallas_tpu": pallas_tpu.topk,
+    "pallas_gpu": pallas_gpu.topk,
+}
+DECLINES: dict[str, _dispatch.Declines] = {"pallas_tpu": pallas_tpu.declines, "pallas_gpu": pallas_gpu.declines}
 
 
 def topk(hidden: Float[Array, "N D"], head: Head, k: int, *, implementation: str | None = None) -> TopK:

@@ -58,22 +58,28 @@ def merge(
 
 
 def _local_top_k(logits: Float[Array, "C V"], k: int) -> tuple[Float[Array, "C K"], Int[Array, "C K"]]:
-    """`lax.top_k`, by way of the k groups of neighbouring columns whose maxima are largest.
+    """`lax.top_k`."""
+    padding = ((0, 0), (0, -logits.shape[1] % GROUP))
+    maxima = lax.reduce_window(logits, -jnp.inf, lax.max, (1, GROUP), (1, GROUP), padding)
+    return top_of_groups(logits, maxima, GROUP, k)
+
+
+def top_of_groups(
+    logits: Float[Array, "C V"], maxima: Float[Array, "C X"], group: int, k: int
+) -> tuple[Float[Array, "C K"], Int[Array, "C K"]]:
+    """`lax.top_k`, by way of the k groups of so many neighbouring columns whose maxima, X of them, are largest.
 
     They hold the whole top k: an entry of another group comes behind the maxima of k groups, each of which is larger or
     equal with a lower column (ties go to the lower group).
     """
     rows, width = logits.shape
-    groups = -(-width // GROUP)
-    if 2 * k >= groups:
+    if 2 * k >= maxima.shape[1]:
         values, columns = lax.top_k(_one_zero(logits), k)
         return values, columns
-    padding = ((0, 0), (0, groups * GROUP - width))
-    maxima = lax.reduce_window(logits, -jnp.inf, lax.max, (1, GROUP), (1, GROUP), padding)
     found = jnp.sort(
         lax.top_k(_one_zero(maxima), k)[1], -1
     )  # ascending: the candidates keep the order of their columns
-    columns = (found[:, :, None] * GROUP + lax.iota(jnp.int32, GROUP)[None, None, :]).reshape(rows, k * GROUP)
+    columns = (found[:, :, None] * group + lax.iota(jnp.int32, group)[None, None, :]).reshape(rows, k * group)
     inside = jnp.take_along_axis(logits, jnp.minimum(columns, width - 1), 1)
     values, places = lax.top_k(jnp.where(columns < width, _one_zero(inside), -jnp.inf), k)
     return values, jnp.take_along_axis(columns, places, 1)

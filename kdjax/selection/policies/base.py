@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from kdjax.types import Selection
+from kdjax.types import LossOutput, Selection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +18,13 @@ class Context:
     """What a policy may know besides scores and its state.
 
     step: int32 [], optimiser updates so far. noise: uniform [B, T] of seed, row, epoch and position; other numbers than
-    a signal's. all_rows(array [B, ...]): the rows of all devices, in the order of the mesh.
+    a signal's. all_rows(array [B, ...]): the rows of all devices, in the order of the mesh; own_rows takes them back.
     """
 
     step: Int[Array, ""]
     noise: Float[Array, "B T"]
     all_rows: Callable[[Array], Array] = lambda array: array
+    own_rows: Callable[[Array], Array] = lambda array: array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Policy:
 
     uses_signal: False if the scores are not read; then no signal is computed. noisy: reads context.noise.
     signal: overrides the config's signal. init() -> state, a pytree that lives in the checkpoint.
+    gives: what selection.given is, in a word, for the losses that ask for that; "" = nothing.
+    observe(state, output, step) -> state, with the loss of the micro-batch over all devices.
     """
 
     slots: Callable[[int], int]
@@ -40,6 +43,8 @@ class Policy:
     noisy: bool = False
     signal: str | None = None
     init: Callable[[], Any] = lambda: ()
+    gives: str = ""
+    observe: Callable[[Any, LossOutput, Int[Array, ""]], Any] = lambda state, output, step: state
 
 
 def sortable(score: Float[Array, "B T"], eligible: Bool[Array, "B T"]) -> Float[Array, "B T"]:
@@ -64,6 +69,14 @@ def take(order: Float[Array, "B T"], count: Int[Array, "B"], size: int) -> Selec
     index = jnp.sort(jnp.where(filled, index, positions), 1)
     filled = index < positions
     return Selection(jnp.where(filled, index, 0).astype(jnp.int32), filled.astype(jnp.float32))
+
+
+def top_of_batch(order: Float[Array, "B T"], count: Int[Array, ""], context: Context) -> Bool[Array, "B T"]:
+    """True at the `count` largest of `order` (a result of `sortable`) over the rows of all devices; ties: the first."""
+    everything = context.all_rows(order)
+    places = jnp.argsort(-everything.reshape(-1), stable=True)
+    chosen = jnp.zeros(places.shape, bool).at[places].set(jnp.arange(places.size) < count)
+    return context.own_rows(chosen.reshape(everything.shape))
 
 
 def ranks(order: Float[Array, "B T"]) -> Int[Array, "B T"]:

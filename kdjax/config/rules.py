@@ -1,0 +1,124 @@
+"""What the fields of an experiment may be."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from kdjax.config.schema import Experiment
+
+
+def _is_schedule(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, tuple) and value[:1] != () and isinstance(value[0], str))
+
+
+def _is_term(term: Any) -> bool:
+    return isinstance(term, tuple) and len(term) == 2 and isinstance(term[0], str) and _is_schedule(term[1])
+
+
+def _at_least(low: int) -> tuple[Callable[[Any], bool], str]:
+    return lambda v: v >= low, f"at least {low}"
+
+
+def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
+    return lambda v: v in choices, " or ".join(map(repr, choices))
+
+
+_COUNT = (*_at_least(1), "it is a count")
+_OR_OFF = (*_at_least(0), "0 switches it off")
+_DTYPE = (*_one_of("float32", "bfloat16"), "other types lose too much or are not supported")
+
+# config path -> (does the value do, what it must be, why)
+RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
+    "teacher.dtype": _DTYPE,
+    "student.compute_dtype": _DTYPE,
+    "student.remat": (*_one_of("none", "full", "dots"), "see Student"),
+    "student.init.kind": (*_one_of("own", "cut", "random"), "see StudentInit"),
+    "student.init.layers": _COUNT,
+    "student.init.keep": (
+        lambda v: all(layer >= 0 for layer in v) and list(v) == sorted(set(v)),
+        "layer numbers of the teacher, each once, ascending",
+        "the student has them in this order",
+    ),
+    "data.seq_len": (*_at_least(2), "a target needs a token before it"),
+    "data.packing": (*_one_of("pack", "row"), "see Data"),
+    "data.heldout_fraction": (lambda v: 0 < v < 1, "in (0, 1)", "both parts need documents"),
+    "data.max_train_tokens": _OR_OFF,
+    "selection.fraction": (lambda v: 0 < v <= 1, "in (0, 1]", "it is a fraction, 0.2 means 20 %"),
+    "selection.weighting": (*_one_of("uniform", "signal"), "see Selection"),
+    "selection.quota": (*_one_of("row", "batch"), "see Selection"),
+    "selection.queue": _COUNT,
+    "selection.slack": (*_at_least(1), "less would drop positions of an average row"),
+    "selection.curriculum_steps": _COUNT,
+    "selection.upper": (lambda v: 0 < v <= 1, "in (0, 1]", "it is a quantile"),
+    "selection.reserve": (lambda v: 0 <= v <= 1, "in [0, 1]", "it is a share of the budget"),
+    "selection.easy_weight": (lambda v: 0 <= v <= 1, "in [0, 1]", "hard positions have the rest of 1"),
+    "selection.temperature_scale": (lambda v: -1 <= v <= 1, "in [-1, 1]", "temperatures are within a factor of e"),
+    "selection.adapt_after": (*_at_least(0), "0 lets the loss of the first update count"),
+    "teacher.source": (*_one_of("live", "cache"), "see Teacher"),
+    "classes.entries": _COUNT,
+    "classes.power": (lambda v: 0 < v <= 2, "in (0, 2]", "1 draws from the teacher itself"),
+    "samples.fraction": (lambda v: 0 < v <= 1, "in (0, 1]", "it is a fraction, 0.2 means 20 %"),
+    "samples.positions": (lambda v: 0 < v <= 1, "in (0, 1]", "it is a fraction, 1 scores all positions"),
+    "samples.rescore_every": _OR_OFF,
+    "cache.superset": (lambda v: 0 <= v <= 1, "in [0, 1]", "it is a fraction, 0 caches all positions"),
+    "cache.rows_per_shard": _COUNT,
+    "loss.terms": (
+        lambda v: len(v) > 0 and all(map(_is_term, v)),
+        "a non-empty tuple of (name, weight or schedule)",
+        "one term is written ((name, weight),)",
+    ),
+    "loss.tau": (
+        lambda v: _is_schedule(v) and (isinstance(v, tuple) or v > 0),
+        "a positive number or (name, *arguments)",
+        "logits are divided by it; see kdjax/schedules.py",
+    ),
+    "loss.beta": (lambda v: 0 < v < 1, "in (0, 1)", "JSD is 0 at both ends; use forward_kl or reverse_kl there"),
+    "loss.skew": (lambda v: 0 <= v < 1, "in [0, 1)", "at 1 both sides of the divergence are equal"),
+    "loss.todi_scale": (*_at_least(0), "below 0 forward KL would act where reverse KL should"),
+    "loss.akl_mu": (lambda v: 0 < v < 1, "in (0, 1)", "it is a share of the mass; use reverse_kl or forward_kl"),
+    "loss.dkd_beta": (*_at_least(0), "0 leaves the label against the rest"),
+    "loss.reduction": (*_one_of("token", "sample"), "see Loss"),
+    "optim.learning_rate": (lambda v: v > 0, "positive", "nothing would be learned"),
+    "optim.warmup": _OR_OFF,
+    "optim.final_fraction": (lambda v: 0 <= v <= 1, "in [0, 1]", "it is a fraction of the peak"),
+    "optim.b1": (lambda v: 0 <= v < 1, "in [0, 1)", "it is the decay of a running mean"),
+    "optim.b2": (lambda v: 0 <= v < 1, "in [0, 1)", "it is the decay of a running mean"),
+    "optim.eps": (lambda v: v > 0, "positive", "it keeps a division finite"),
+    "optim.weight_decay": _OR_OFF,
+    "optim.clip": _OR_OFF,
+    "train.steps": _COUNT,
+    "train.batch_size": _COUNT,
+    "train.accumulate": _COUNT,
+    "train.log_every": _COUNT,
+    "eval.every": _OR_OFF,
+    "eval.rows": (*_at_least(0), "0 means all"),
+    "eval.batch_size": _COUNT,
+    "eval.completions": _OR_OFF,
+    "eval.new_tokens": _COUNT,
+    "checkpoint.every": (*_at_least(1), "it is a number of steps"),
+    "checkpoint.keep": (*_at_least(1), "the newest checkpoint is what a run resumes from"),
+    "checkpoint.keep_best": _OR_OFF,
+    "mesh.devices": (*_at_least(0), "0 means all"),
+    "mesh.kernels": (*_one_of("auto", "xla", "pallas_tpu", "pallas_gpu", "reference"), "see kdjax/kernels"),
+}
+
+
+def check(experiment: Experiment) -> None:
+    """Raises ValueError that names the config path, what it must be, what it is and why."""
+    for where, (good, rule, why) in RULES.items():
+        value = functools.reduce(getattr, where.split("."), experiment)
+        if not good(value):
+            raise ValueError(f"{where} must be {rule}, got {value!r}; {why}.")
+    rows, parts = experiment.train.batch_size, experiment.train.accumulate
+    if rows % parts:
+        raise ValueError(
+            f"train.batch_size must be a multiple of train.accumulate, got {rows} and {parts}; every micro-batch has "
+            "the same number of rows. Change one of them."
+        )
+    if experiment.samples.rescore_every and experiment.samples.fraction == 1:
+        raise ValueError(
+            f"samples.rescore_every must be 0 with samples.fraction=1, got {experiment.samples.rescore_every}; all "
+            "rows are used anyway. Lower samples.fraction."
+        )

@@ -1,0 +1,202 @@
+"""The fields of an experiment: frozen dataclasses. Fractions are in (0, 1]; sizes are in tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+
+ScheduleSpec = float | tuple  # a number, or (name, *arguments); see schedules.py
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentInit:
+    """Where the student's weights come from."""
+
+    kind: str = "own"  # own: the weights at student.path | cut: layers of the teacher | random: student.path's shapes
+    keep: tuple[int, ...] = ()  # cut: the teacher layers to keep, ascending; () = the default spread of `layers`
+    layers: int = 6  # cut: how many, when `keep` is ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """The model that is distilled."""
+
+    path: str = ""  # HF directory, *.gguf, hub id, or "smollm2-135m" | "synthetic"
+    dtype: str = "float32"  # of the weights in memory
+    source: str = "live"  # live: it runs beside the student | cache: what launch.cache_teacher wrote; it is not loaded
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """The model that is trained."""
+
+    path: str = ""  # as teacher.path; "" with init.kind "cut" = cut from the teacher
+    init: StudentInit = StudentInit()
+    compute_dtype: str = "float32"  # masters are always float32
+    remat: str = "none"  # none | full | dots: what the backward pass recomputes
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The text, its split, and how it becomes rows."""
+
+    path: str = "factbook"  # factbook | topics | *.txt | *.jsonl | directory of these
+    tokenizer: str = ""  # "" = the teacher's
+    seq_len: int = 128
+    packing: str = "pack"  # pack: documents share rows | row: one example per row
+    heldout_fraction: float = 0.05  # of the documents
+    seed: int = 0  # of the split and the shuffle
+    max_train_tokens: int = 0  # 0 = all; else whole rows are kept until this many tokens
+    chat_template: bool = True  # prompt/response and messages go through the tokenizer's template
+    system_prompt: str = ""  # "" = whatever the template does by default
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which positions are supervised (`kdjax/selection`)."""
+
+    policy: str = "top_fraction"  # all | top_fraction | random_fraction | ...: see kdjax/selection/policies
+    signal: str = "student_entropy"
+    fraction: float = 0.2
+    weighting: str = "uniform"  # uniform | signal: a selected position counts by its (positive) score
+    quota: str = "row"  # top_fraction, random_fraction: row: of its own length | batch: of the batch's mean length
+    queue: int = 30000  # threshold: scores of the last positions, over all rows, that the threshold is a quantile of
+    slack: float = 2.0  # threshold: room for this many times the fraction; what exceeds it in a row is dropped
+    curriculum_steps: int = 4000  # curriculum: from the easiest positions to the hardest
+    upper: float = 0.8  # bucket: upper end of the band of quantiles; its width is `fraction`
+    corrected: bool = True  # sampled: importance weights, so that the mean over all positions is estimated
+    reserve: float = 0.5  # reserve_mix: share of the budget that is drawn at random
+    easy_weight: float = 0.2  # easy_hard, easy_hard_means: of easy positions; the hard `fraction` has 1 - easy_weight
+    temperature_scale: float = 0.5  # adaptive: how much colder than loss.tau hard positions are, easy ones hotter
+    adapt_after: int = 0  # adaptive: updates before the share of the positions follows the loss, down to `fraction`
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """What the student is shown of the teacher's distribution at a position (`kdjax/teacher/classes.py`)."""
+
+    kind: str = "all"  # all | sampled | renormalised | ghost_tail | zero_tail
+    entries: int = 50  # sampled: draws per position | the others: the teacher's largest entries
+    power: float = 1.0  # sampled: draws are from p^power; other than 1 with importance weights
+    seed: int = 0  # of the draws
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Which rows of the training text are used (`kdjax/curation/samples.py`, `launch.curate`)."""
+
+    fraction: float = 1.0  # of the rows, those with the highest score; 1 = all, no score is needed
+    score: str = "student_entropy"  # of the untrained student | kl | ce_ratio | random
+    positions: float = 1.0  # a score is the mean over this random share of a row's positions
+    rescore_every: int = 0  # steps after which the rows are chosen anew by the student as it is then; 0 = never
+    seed: int = 0  # of random scores and random positions
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """The offline teacher (`kdjax/teacher/cache`, `launch.cache_teacher`)."""
+
+    path: str = ""  # "" = <workdir>/cache; anything that etils.epath opens (gs://...)
+    superset: float = 0.0  # 0: all positions | else only this share of a row's, by the untrained student's entropy
+    entropy: bool = True  # keep the teacher's entropy, so that the loss is a KL: 1 byte a position
+    label_logp: bool = False  # keep the log-probability of the next token, for signals that need it: 2 bytes a position
+    rows_per_shard: int = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """What is minimised at the selected positions (`kdjax/losses`)."""
+
+    terms: tuple = (("forward_kl", 1.0),)  # ((name, weight or schedule), ...)
+    tau: ScheduleSpec = 1.0  # temperature of the divergences, which are multiplied by tau^2; cross_entropy is at 1
+    beta: float = 0.5  # jsd: weight of the teacher in the mixture, in (0, 1)
+    skew: float = 0.1  # skew_kl, skew_reverse_kl: share of the teacher (student) in the mixture, in [0, 1)
+    todi_scale: float = 1.0  # todi: how sharply an entry turns from forward to reverse KL
+    akl_mu: float = 0.5  # akl: the probability mass that the head holds at most, in (0, 1)
+    dkd_beta: float = 8.0  # dkd: weight of the divergence among the entries other than the label
+    udkd_gate: str = "unc"  # udkd: of the label's part: unc | teacher_entropy | student_entropy | kl | reverse_kl
+    reduction: str = "token"  # token: mean over slots | sample: mean over rows of the row means
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    """AdamW, its learning-rate schedule and clipping."""
+
+    learning_rate: float = 4e-4
+    schedule: str = "cosine"  # constant | linear | cosine, after the warm-up
+    warmup: int = 10
+    final_fraction: float = 0.1  # of the peak, at the last step
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # on matrices only
+    clip: float = 1.0  # global gradient norm; 0 = off
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """How long, and how much per step."""
+
+    steps: int = 100
+    batch_size: int = 8  # rows per optimiser step, over all devices
+    accumulate: int = 1  # micro-batches per step
+    seed: int = 0
+    log_every: int = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """The held-out figures and completions."""
+
+    every: int = 0  # steps; 0 = only before the first and after the last step
+    rows: int = 32  # held-out rows; 0 = all
+    batch_size: int = 4
+    completions: int = 3
+    new_tokens: int = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """When to save and what to keep."""
+
+    every: int = 100  # steps; the last step is always saved
+    keep: int = 2  # newest ones
+    keep_best: int = 1  # by held-out KL, among steps that were evaluated; 0 = none
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Over which devices, and how (`kdjax/sharding.py`)."""
+
+    preset: str = "single"  # single | dp | fsdp
+    devices: int = 0  # 0 = all that JAX sees (single: 1)
+    kernels: str = "auto"  # auto | xla | pallas_tpu | pallas_gpu | reference: who computes over the vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """Where figures go besides metrics.jsonl."""
+
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "kdjax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One experiment, whole."""
+
+    name: str = "experiment"
+    teacher: Teacher = Teacher()
+    student: Student = Student()
+    data: Data = Data()
+    samples: Samples = Samples()
+    selection: Selection = Selection()
+    classes: Classes = Classes()
+    cache: Cache = Cache()
+    loss: Loss = Loss()
+    optim: Optim = Optim()
+    train: Train = Train()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    mesh: Mesh = Mesh()
+    log: Log = Log()

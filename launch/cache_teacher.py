@@ -1,0 +1,245 @@
+"""Run the teacher once and keep what it says: python -m launch.cache_teacher --config=configs/x.py --workdir=runs/x
+
+Writes the entries that classes.* describes, at the rows that samples.* keeps, to <workdir>/cache or cache.path. Can be
+stopped and started again at any time; several processes can share the work (--process_index, --process_count).
+--inspect=runs/x/cache [--verify=100]: what a cache holds and takes; with --verify all its bytes are checked, and that
+many rows are run through the teacher again and compared.
+"""
+
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from launch import app
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from kdjax.build import Built
+    from kdjax.data import Rows
+    from kdjax.teacher.cache import CacheReader, CacheWriter
+
+app.define_config()
+flags.DEFINE_integer("process_index", 0, "Which of --process_count processes this is, each writing its own shards.")
+flags.DEFINE_integer("process_count", 1, "How many processes share the work.", lower_bound=1)
+flags.DEFINE_string("inspect", None, "A cache to describe, instead of writing one.")
+flags.DEFINE_integer("verify", 0, "--inspect: rows to run through the teacher again; 0 = none.", lower_bound=0)
+
+ALIKE = 0.999  # share of entries that must be the same on verification: other hardware rounds other draws
+
+
+def main() -> int | None:
+    """Flags -> build -> shards, or a description."""
+    if flags.FLAGS.inspect is not None:
+        return inspect(Path(flags.FLAGS.inspect), flags.FLAGS.verify)
+    from kdjax.config import from_config_dict
+
+    experiment = from_config_dict(app.require("config"))
+    workdir = Path(app.require("workdir"))
+    if experiment.teacher.source != "cache":
+        raise ValueError(
+            "teacher.source must be 'cache', got 'live'; training would not read what is written here. Set it to "
+            "'cache' in the config."
+        )
+
+    from kdjax import loop
+    from kdjax.build import build, cache_path
+
+    loop.claim_workdir(workdir, experiment)
+    built = build(experiment, workdir, live_teacher=True)
+    rows = built.data.train if experiment.samples.rescore_every else built.train
+    path = cache_path(experiment, workdir)
+    writer = open_writer(built, rows, path)
+    fill(built, rows, writer)
+    finished = not writer.missing(verify=False)
+    if finished:
+        print(f"next: {shlex.join(['python', '-m', 'launch.train', *_common(sys.argv[1:])])}")
+    return None
+
+
+def open_writer(built: "Built", rows: "Rows", path: str) -> "CacheWriter":
+    """The cache of these rows, begun now or before."""
+    import kdjax
+    from kdjax.build import cache_identity
+    from kdjax.curation import params_fingerprint
+    from kdjax.teacher.cache import Header, create_or_open, rows_digest
+
+    e = built.experiment
+    header = Header(
+        **cache_identity(built),
+        student=params_fingerprint(built.student_params) if e.cache.superset else "",
+        entropy=e.cache.entropy,
+        label_logp=e.cache.label_logp,
+        rows=len(rows),
+        rows_digest=rows_digest(rows.row_id, rows.row_hash),
+        rows_per_shard=e.cache.rows_per_shard,
+        made={
+            "kdjax": kdjax.__version__,
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "teacher": "" if built.teacher is None else built.teacher.source,
+            "command": shlex.join(["python", "-m", "launch.cache_teacher", *sys.argv[1:]]),
+            "corpus_tokens": int((built.data.train.segment_ids > 0).sum()),
+            "config": json.loads(json.dumps(dataclasses.asdict(e))),
+        },
+    )
+    return create_or_open(path, header, rows.row_id, rows.row_hash)
+
+
+def fill(built: "Built", rows: "Rows", writer: "CacheWriter") -> None:
+    """Write the shards of this process that are missing, with progress; say what they took."""
+    from kdjax.build import teacher_pass
+    from kdjax.curation.teacher_pass import make_recorder, write_shards
+    from kdjax.run_log import Progress
+    from kdjax.teacher.cache import open_cache
+
+    shards = writer.missing(flags.FLAGS.process_index, flags.FLAGS.process_count)
+    for why in writer.damaged.values():
+        print(f"written anew: {why}")
+    own = range(flags.FLAGS.process_index, writer.header.shards, flags.FLAGS.process_count)
+    if not shards:
+        print(f"{writer.directory}: nothing to do, all {len(own)} shards are there")
+        return
+    if len(shards) < len(own):
+        print(f"{writer.directory}: {len(own) - len(shards)} of {len(own)} shards are there, the rest follows")
+    total = sum(len(writer.rows(shard)) for shard in shards)
+    recorder = make_recorder(teacher_pass(built), built.teacher_params, built.student_params)
+    progress, start, done, tokens = Progress(total, unit="row"), time.perf_counter(), 0, 0
+
+    def on_row(count: int) -> None:
+        nonlocal done, tokens
+        done, tokens = done + 1, tokens + count
+        progress.update(done, tokens_per_second=tokens / (time.perf_counter() - start))
+
+    write_shards(writer, rows, recorder, shards, on_row)
+    progress.close()
+    seconds = time.perf_counter() - start
+    print(f"{total:,} rows, {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")
+    described(open_cache(writer.directory, partial=True))
+
+
+def described(reader: "CacheReader") -> None:
+    """What a cache holds and takes, and what it says of bias and variance."""
+    found, header = reader.summary(), reader.header
+    print(f"{reader.directory}: {found['rows']:,} rows, {found['positions']:,} positions, ", end="")
+    missing = found["missing_shards"]
+    print(f"{found['shards'] - missing} of {found['shards']} shards" + (": NOT WHOLE" if missing else ""))
+    if not found["positions"]:
+        return
+    kept = found["bytes"]["data"] + found["bytes"]["offsets"]
+    print(f"  {kept:,} bytes (and {found['bytes']['headers']:,} of headers): ", end="")
+    print(f"{found['bytes_per_position']:.2f} a position", end="")
+    corpus = header.made.get("corpus_tokens")
+    print(f", {kept / corpus:.2f} a token of the whole text" if corpus and not missing else "")
+    for name, bytes_ in (("dense float16", 2 * header.vocab_size), ("64 slots of 3 bytes", 64 * 3)):
+        print(f"  {name} would take {bytes_:,} a position, {bytes_ / found['bytes_per_position']:,.1f} times as much")
+    distinct = found["distinct"]
+    spread = ", ".join(f"{name}: {value}" for name, value in distinct["quantiles"].items())
+    print(f"  distinct ids a position: mean {distinct['mean']:.2f}, quantiles {spread}")
+    print(f"  {quality(reader)}")
+
+
+def quality(reader: "CacheReader") -> str:
+    """Bias and variance of the targets, estimated from what is stored.
+
+    Draws: E[c (c - 1)] = N (N - 1) p^2, so sum c (c - 1) / (N (N - 1)) estimates sum p^2 without bias, and the variance
+    of the target, summed over the vocabulary, is (1 - sum p^2) / N. Top entries: what they leave out is their bias.
+    """
+    import numpy as np
+
+    from kdjax.config import Classes
+    from kdjax.teacher.classes import make_class_sampler
+
+    header = reader.header
+    codes = np.concatenate([codes for _, codes in reader.sample(500)]).astype(np.float64)
+    n = header.entries
+    if header.counts and n > 1:
+        squares = float((codes * (codes - 1)).sum(1).mean() / (n * (n - 1)))
+        return (
+            f"bias 0; variance of a target, summed over the vocabulary: {(1 - squares) / n:.4f} "
+            f"(sum p^2 is {squares:.3f}), its standard deviation {np.sqrt(max(1 - squares, 0) / n):.3f}"
+        )
+    if header.kind == "sampled":
+        return "bias 0; the variance of a target cannot be told from what is stored"
+    config = Classes(kind=header.kind, entries=n, power=header.power, seed=header.seed)
+    probs = np.asarray(make_class_sampler(config, header.vocab_size).probs(codes.astype(np.uint16)))
+    return f"variance 0; bias: {max(0.0, 1 - float(probs.sum(1).mean())):.4f} of the teacher's mass is left out"
+
+
+def inspect(path: Path, verify: int) -> int | None:
+    """Describe a cache; check it."""
+    from kdjax.teacher.cache import open_cache
+
+    reader = open_cache(path, partial=True)
+    described(reader)
+    made = reader.header.made
+    print(f"  made by kdjax {made.get('kdjax')} at {made.get('at')}: {made.get('command')}")
+    for field in dataclasses.fields(reader.header):
+        if field.name != "made":
+            print(f"  {field.name:16}{getattr(reader.header, field.name)}")
+    if verify:
+        reader.verify()
+        print(f"every byte of {len(reader.present)} shards is as it was written")
+        return compare(reader, verify)
+    return None
+
+
+def compare(reader: "CacheReader", wanted: int) -> int:
+    """Run `wanted` rows, in the groups that they were written in, through the teacher again; 0 if they are the same."""
+    import ml_collections
+    import numpy as np
+
+    from kdjax.build import build, cache_identity, teacher_pass
+    from kdjax.config import from_config_dict
+    from kdjax.curation.teacher_pass import make_recorder, rows_of_a_group
+    from kdjax.data import eligible, take
+    from kdjax.teacher.cache.header import differences
+
+    config = flags.FLAGS.config or ml_collections.ConfigDict(reader.header.made["config"])
+    built = build(from_config_dict(config), live_teacher=True)
+    different = differences(reader.header, cache_identity(built))
+    if different:
+        raise ValueError(f"{reader.directory} must be of this teacher and config: {'; '.join(different)}.")
+    recorder = make_recorder(teacher_pass(built), built.teacher_params, built.student_params)
+    size = rows_of_a_group(reader.header.seq_len) * built.rules.batch_shards
+    groups = _groups(reader, size)
+    chosen = np.random.default_rng(0).permutation(len(groups))[: max(1, -(-wanted // size))]
+    place = {int(row_id): at for at, row_id in enumerate(built.data.train.row_id)}
+    same = total = rows = 0
+    for group in sorted(chosen.tolist()):
+        part = take(built.data.train, np.array([place[int(row_id)] for row_id in groups[group]]))
+        found = reader.columns(part.row_id, part.row_hash, eligible(part))
+        for at, record in enumerate(recorder(part)):
+            stored = found["stored"][at]
+            alike = (found["ids"][at][stored] == np.where(record.codes > 0, record.ids, 0)) & (
+                found["codes"][at][stored] == record.codes
+            )
+            same, total, rows = same + int(alike.all(1).sum()), total + len(alike), rows + 1
+    share = same / max(total, 1)
+    print(f"{rows} rows run again: {same:,} of {total:,} positions have the same entries ({share:.4%})")
+    if share < ALIKE:
+        print("error: this is not what the teacher says; the cache must not be used", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _groups(reader: "CacheReader", size: int) -> list["np.ndarray"]:
+    """Row ids of each group that went through the teacher together, of the shards that are there."""
+    ids = reader.row_ids
+    shards = [ids[at * reader.header.rows_per_shard :][: reader.header.rows_in(at)] for at in reader.present]
+    return [shard[start : start + size] for shard in shards for start in range(0, len(shard), size)]
+
+
+def _common(arguments: list[str]) -> list[str]:
+    """The arguments that launch.train takes too."""
+    return [a for a in arguments if not a.lstrip("-").startswith(("process_", "inspect", "verify"))]
+
+
+if __name__ == "__main__":
+    app.run(main)

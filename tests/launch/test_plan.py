@@ -1,0 +1,101 @@
+"""launch.plan: what it says of a run without loading it."""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import sys
+
+import jax
+import pytest
+from absl import flags
+
+from kdjax import loop
+from kdjax.build import build
+from kdjax.config import default_config, from_config_dict
+from kdjax.data import train_iterator
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def plan():
+    known = set(flags.FLAGS)
+    spec = importlib.util.spec_from_file_location("launched_plan", ROOT / "launch" / "plan.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    for name in set(flags.FLAGS) - known:
+        delattr(flags.FLAGS, name)
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    config = default_config()
+    config.teacher.path = "synthetic"
+    config.student.init.kind = "cut"
+    config.student.init.layers = 1
+    config.data.path = "topics"
+    config.data.seq_len = 32
+    config.data.max_train_tokens = 1024
+    config.train.batch_size = 4
+    config.train.accumulate = 2
+    config.selection.policy = "all"
+    return from_config_dict(config)
+
+
+def test_the_batch_is_shaped_as_the_one_of_a_run(plan, experiment):
+    built = build(experiment)
+    columns = next(train_iterator(built.data.train, 4, 0))
+    real = loop.place(columns, built.rules, experiment.train.accumulate)
+
+    def form(leaf):
+        return leaf.shape, leaf.dtype
+
+    assert jax.tree.map(form, plan.abstract_batch(experiment, built.rules, 264)) == jax.tree.map(form, real)
+
+
+def test_figures_of_a_step(plan, experiment):
+    found = plan.step_figures(experiment)
+    built = build(experiment)
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(p)) for p in (built.student_params, built.teacher_params)]
+    assert [found["student_parameters"], found["teacher_parameters"]] == sizes
+    batch = plan.abstract_batch(experiment, built.rules, 264)
+    bytes_in = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
+    # Student, its two moments and the teacher in float32, the batch; a few scalars more, what no policy reads less.
+    wanted = 4 * (3 * sizes[0] + sizes[1]) + bytes_in
+    assert found["step_argument_bytes"] == pytest.approx(wanted, abs=1024)
+    assert found["step_temporary_bytes"] > 4 * sizes[0], "the gradient"
+
+
+def test_with_a_cache_the_teacher_is_no_argument(plan, experiment):
+    classes = dataclasses.replace(experiment.classes, kind="sampled", entries=20)
+    cached = dataclasses.replace(
+        experiment, classes=classes, teacher=dataclasses.replace(experiment.teacher, source="cache")
+    )
+    live, without = (plan.step_figures(e) for e in (experiment, cached))
+    positions = experiment.train.batch_size * experiment.data.seq_len
+    columns = positions * (20 * (4 + 2) + 1 + 4)  # ids and codes, whether they are stored, the entropy
+    saved = 4 * live["teacher_parameters"] - columns
+    assert live["step_argument_bytes"] - without["step_argument_bytes"] == pytest.approx(saved, abs=8192)
+
+
+def test_the_script_writes_what_it_prints(plan, experiment, tmp_path, monkeypatch, capsys):
+    config = default_config()
+    for group, field, value in (
+        ("teacher", "path", "synthetic"),
+        ("data", "path", "topics"),
+        ("data", "seq_len", 32),
+        ("data", "max_train_tokens", 1024),
+    ):
+        config[group][field] = value
+    config.student.init.kind = "cut"
+    config.student.init.layers = 1
+    monkeypatch.setattr(plan.app, "require", lambda name: config)
+    flags.FLAGS([sys.argv[0], f"--out={tmp_path / 'some' / 'plan.json'}"])
+    plan.main()
+    found = json.loads((tmp_path / "some" / "plan.json").read_text())
+    assert (found["train_rows"], found["train_tokens"]) == (32, 1024)
+    summary = build(experiment).data.summary
+    assert found["heldout_targets"] == summary["heldout"]["targets"]
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == [f"{v:,}" for v in found.values()]
