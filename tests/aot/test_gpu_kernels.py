@@ -111,24 +111,47 @@ def test_every_loss_lowers(name):
     assert KERNEL in lowered(H100, run, hidden, head.weight, jnp.zeros(64))
 
 
-def test_a_split_head_stays_split():
-    """Devices tell each other the K best of each row, its maximum and its sum."""
-    rows, width, vocab, k = 64, 64, 50257, 16
+def moved_between_devices(call):
+    """(gathered, reduced): the types of what four devices that share a head of 50257 columns tell each other.
+
+    call(hidden [64, 64], head)
+    """
 
     def local(hidden, weight):
-        return topk.topk(hidden, Head(weight, vocab, True, vocab_axis="data"), k)
+        return call(hidden, Head(weight, 50257, True, vocab_axis="data"))
 
     with traced_for(H100, devices=4) as mesh:
         specs = {"in_specs": (P(), P("data", None)), "out_specs": P()}
         run = jax.jit(jax.shard_map(local, mesh=mesh, **specs, check_vma=False))
-        arrays = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((rows, width), (50432, width)))
+        arrays = (jax.ShapeDtypeStruct((rows, 64), jnp.bfloat16) for rows in (64, 50432))
         text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     assert KERNEL in text
-    sizes = re.findall(r'"stablehlo\.all_gather".*: \((tensor<.*>)\) -> ', text)
-    assert sorted(sizes) == [f"tensor<{rows}x{k}xf32>", f"tensor<{rows}x{k}xi32>"]
-    sizes = re.findall(r'"stablehlo\.all_reduce".*?\n    *\}\) : \((.*?)\) ->', text, re.DOTALL)
-    assert sizes == [f"tensor<{rows}x1xf32>"] * 2
     assert not re.search("collective_permute|all_to_all|reduce_scatter", text)
+    gathered = re.findall(r'"stablehlo\.all_gather".*: \((tensor<.*>)\) -> ', text)
+    return gathered, re.findall(r'"stablehlo\.all_reduce".*?\n    *\}\) : \((.*?)\) ->', text, re.DOTALL)
+
+
+def test_a_split_head_stays_split():
+    """Devices tell each other the K best of each row, its maximum and its sum."""
+    gathered, reduced = moved_between_devices(lambda hidden, head: topk.topk(hidden, head, 16))
+    assert sorted(gathered) == ["tensor<64x16xf32>", "tensor<64x16xi32>"]
+    assert reduced == ["tensor<64x1xf32>"] * 2
+
+
+def test_a_split_head_stays_split_with_a_gradient():
+    """Devices tell each other the logits at a row's entries, the maximum and the sum of its tail."""
+
+    def call(hidden, head):
+        def total(hidden, weight):
+            stored = jnp.arange(64 * 16, dtype=jnp.int32).reshape(64, 16), jnp.ones((64, 16)), jnp.ones(64)
+            return sparse_divergence(hidden, dataclasses.replace(head, weight=weight), *stored, "ghost_tail")[0]
+
+        return jax.grad(total, (0, 1))(hidden, head.weight)
+
+    gathered, reduced = moved_between_devices(call)
+    assert not gathered
+    # Of whole blocks of 128 rows; the last is the cotangent.
+    assert sorted(reduced) == ["tensor<128x16xf32>", "tensor<128xf32>", "tensor<128xf32>", "tensor<f32>"]
 
 
 def needs_compiler():
@@ -190,16 +213,16 @@ def test_topk_compiles_within_its_budget(name):
 
 
 @pytest.mark.gpu_compiler
-@pytest.mark.parametrize(("name", "entries"), [("qwen2.5_self", 64), ("llama3_untied", 512)])
-def test_sparse_divergence_compiles_within_its_budget(name, entries, monkeypatch):
-    """The entries in rounds, the gradient of the logits of some rows and the head's own, however many rows there are."""
+@pytest.mark.parametrize(
+    ("op", "name", "entries"), [(SPARSE[0], "llama3_untied", 512), (SPARSE[1], "qwen2.5_self", 64)]
+)
+def test_sparse_divergence_compiles_within_its_budget(op, name, entries, monkeypatch):
+    """Entries in rounds, the gradient of the logits of some rows and the head's own, however many rows there are."""
     needs_compiler()
     monkeypatch.setitem(shapes.SHAPES, name, dataclasses.replace(shapes.SHAPES[name], entries=entries))
-    for op in SPARSE:
-        bytes_, given, text = temporary(op, name, 8192)
-        assert KERNEL in text
-        # d_hidden, and in the arguments' order what is cut into chunks of rows: some [N, K] and [N, D].
-        rows = 8 * (given.hidden.size + 4 * given.ids.size)
-        weight = given.head.weight.size
-        assert bytes_ < sparse_gpu.CHUNK_BYTES * 1.1 + rows + (4 * weight if "grad" in op else 0)
-        assert oracle.largest_shape(text)[0] <= max(weight, sparse_gpu.CHUNK_BYTES // 2)
+    bytes_, given, text = temporary(op, name, 8192)
+    assert KERNEL in text
+    # d_hidden, and arguments that are cut into chunks of rows: some [N, K] and [N, D].
+    rows, weight = 8 * (given.hidden.size + 4 * given.ids.size), given.head.weight.size
+    assert bytes_ < sparse_gpu.CHUNK_BYTES * 1.1 + rows + (4 * weight if "grad" in op else 0)
+    assert oracle.largest_shape(text)[0] <= max(weight, sparse_gpu.CHUNK_BYTES // 2)

@@ -122,7 +122,8 @@ def test_what_has_no_mass_is_never_drawn(implementation, power):
     logits[3, 31:34] = logits[3, 660] = 1.0
     logits[4] = np.linspace(-600, 0, vocab)
     logits[5] = logits[4, ::-1]
-    logits[6, 300], logits[6, 1:32] = 0.0, -88.0  # each of the 31 below the smallest normal float32, their sum is not
+    # Below the smallest normal float32, which is 0 here; next to the 16th, the largest of its block, their sum is not.
+    logits[6, 1:4], logits[6, 15], logits[6, 300] = -87.5, -87.0, 0.0
     logits = logits.astype(np.float32)
     log_mass = oracle.log_softmax(power * oracle.f64(logits))
     edges = np.cumsum(np.exp(log_mass), -1)

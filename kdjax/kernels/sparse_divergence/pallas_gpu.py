@@ -189,8 +189,7 @@ def _statistics(
     def tail(
         state: dict[str, Array], logits: list[Array], column: Array, rows: list[Array], known: list[Array], _: Any
     ) -> dict[str, Array]:
-        counts = (column < known[0].astype(jnp.int32)) & (logits[0] != MASKED)
-        z = jnp.where(counts, logits[0] * known[1], MASKED)
+        z = jnp.where(column < known[0].astype(jnp.int32), logits[0] * known[1], MASKED)
         top = jnp.maximum(state["top"], jnp.max(z, 1))
         total = state["sum"] * jnp.exp(state["top"] - top)
         for at in range(0, z.shape[1], SLICE):

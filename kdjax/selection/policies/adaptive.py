@@ -1,5 +1,7 @@
 """AdaKD's selection (Xie et al., arXiv 2510.11615): a share that follows the loss, and a temperature per position."""
 
+from typing import Any
+
 import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -20,10 +22,10 @@ class Focus:
     reference: what the average was when the share last moved; negative before there is one.
     """
 
-    share: Array
-    average: Array
-    seen: Array
-    reference: Array
+    share: Any  # an array
+    average: Any  # an array
+    seen: Any  # an array
+    reference: Any  # an array
 
 
 def adaptive(config: SelectionConfig) -> Policy:

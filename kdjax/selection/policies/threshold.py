@@ -1,5 +1,7 @@
 """Global-level selection: one threshold for all rows, from a queue of recent scores (Wang et al., ACL 2021)."""
 
+from typing import Any
+
 import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -13,9 +15,9 @@ from kdjax.types import Selection
 class Queue:
     """A ring of the last scores of eligible positions: scores [Q], where the next goes, how many there are."""
 
-    scores: Array
-    next: Array
-    filled: Array
+    scores: Any  # an array
+    next: Any  # an array
+    filled: Any  # an array
 
 
 def threshold(config: SelectionConfig) -> Policy:
