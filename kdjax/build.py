@@ -14,7 +14,6 @@ from kdjax import config as schema
 from kdjax import models, registry
 from kdjax.config import Experiment
 from kdjax.curation import Basis, basis, kept_rows
-from kdjax.curation.teacher_pass import TeacherPass
 from kdjax.data import LoadedData, Rows, ids_in, load_data
 from kdjax.losses import LOSSES
 from kdjax.losses.objective import Objective
@@ -132,28 +131,6 @@ def cache_identity(built: Built) -> dict[str, Any]:
     }
 
 
-def teacher_pass(built: Built) -> TeacherPass:
-    """What `launch.cache_teacher` computes of a row. Raises ValueError if the config describes no cache."""
-    e, parts = built.experiment, built.parts
-    _check_cached(e, parts.chooser)
-    if parts.teacher is None or parts.classes is None or built.teacher is None:
-        raise ValueError("teacher.path must be set, got ''; there is nothing to cache. Name a model.")
-    tau = e.loss.tau
-    positions = schema.Selection(policy="all")
-    if e.cache.superset:
-        positions = schema.Selection(policy="top_fraction", signal="student_entropy", fraction=e.cache.superset)
-    return TeacherPass(
-        teacher=parts.teacher,
-        sampler=parts.classes,
-        tau=tau if isinstance(tau, float) else 1.0,
-        chooser=build_chooser(positions),
-        student=parts.student if e.cache.superset else None,
-        entropy=e.cache.entropy,
-        label_logp=e.cache.label_logp,
-        rules=built.rules,
-    )
-
-
 def build_parts(
     experiment: Experiment,
     student_cfg: ModelConfig,
@@ -183,7 +160,7 @@ def build_parts(
         teacher = language_model(teacher_cfg, rules, vocab, registry.lookup(DTYPES, e.teacher.dtype, "teacher.dtype"))
     classes = None if e.classes.kind == "all" else make_class_sampler(e.classes, vocab)
     if cached:
-        _check_cached(e, chooser)
+        check_cached(e, chooser)
     return StepParts(
         student, teacher, chooser, objective, optimiser, rate, rules, e.train.accumulate, classes, cached=cached
     )
@@ -357,7 +334,7 @@ def _check_paths(experiment: Experiment) -> None:
         )
 
 
-def _check_cached(e: Experiment, chooser: Chooser) -> None:
+def check_cached(e: Experiment, chooser: Chooser) -> None:
     """A cache can serve this experiment. Raises ValueError that says what it cannot know."""
     if e.classes.kind == "all":
         raise ValueError(

@@ -135,7 +135,7 @@ class RowChoice:
         return train_iterator(
             self._rows(phase),
             e.train.batch_size,
-            e.data.seed,
+            e.train.seed,
             phase=phase,
             teacher=None if self._built.cache is None else self._built.cache.columns,
             process_index=jax.process_index(),

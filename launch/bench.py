@@ -1,6 +1,7 @@
-"""How fast it is: python -m launch.bench [--suite=step|kernels] [--rounds=5] [--fraction=0.2]
+"""How fast it is: python -m launch.bench [--suite=step|phases|kernels] [--rounds=5] [--fraction=0.2]
 
-step: one KD step at SmolLM2's shapes and its parts. kernels: every vocabulary kernel at shapes of real models, timed
+step: one KD step at SmolLM2's shapes and its parts. phases: scoring, caching and training of SE-KD 3X against live
+steps, with real weights and text. kernels: every vocabulary kernel at shapes of real models, timed
 here and compiled for the TPUs and GPUs that are not here; a dated CSV is written as well. Both compare with a plain
 matrix product of the same process, in turn with it: shared machines drift, ratios within a round do not.
 """
@@ -9,13 +10,17 @@ from absl import flags
 
 from launch import app
 
-flags.DEFINE_enum("suite", "step", ["step", "kernels"], "What is measured.")
+flags.DEFINE_enum("suite", "step", ["step", "phases", "kernels"], "What is measured.")
 flags.DEFINE_integer("rounds", None, "How often everything is timed: 5, kernels 3.", lower_bound=1)
 
-flags.DEFINE_integer("batch", 4, "step: rows.")
-flags.DEFINE_integer("seq_len", 256, "step: tokens a row.")
-flags.DEFINE_integer("student_layers", 6, "step: of the 135M-parameter teacher's 30.")
+flags.DEFINE_integer("batch", 4, "step, phases: rows.")
+flags.DEFINE_integer("seq_len", 256, "step, phases: tokens a row.")
+flags.DEFINE_integer("student_layers", 6, "step, phases: of the teacher's, 30 in step.")
 flags.DEFINE_float("fraction", 1.0, "step: share of positions, by student entropy; 1 = dense.")
+
+flags.DEFINE_string("teacher", "smollm2-135m", "phases: the teacher, of which the student is cut.")
+flags.DEFINE_float("positions", 1.0, "phases: share of the positions that scoring looks at.")
+flags.DEFINE_float("kept", 0.2, "phases: share of the rows that are kept.")
 
 flags.DEFINE_list("op", [], "kernels: ops, such as linear_divergence, or only linear_divergence+grad; all.")
 flags.DEFINE_list("shape", ["smollm2", "qwen2.5_self"], "kernels: models to time, of kdjax/kernels/shapes.py.")
@@ -33,6 +38,10 @@ def main() -> None:
         from launch import bench_step
 
         bench_step.run(rounds or 5)
+    elif flags.FLAGS.suite == "phases":
+        from launch import bench_phases
+
+        bench_phases.run(rounds or 5)
     else:
         from launch import bench_kernels
 

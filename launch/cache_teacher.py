@@ -7,11 +7,9 @@ many rows are run through the teacher again and compared.
 """
 
 import dataclasses
-import json
 import shlex
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,12 +49,13 @@ def main() -> int | None:
 
     from kdjax import loop
     from kdjax.build import build, cache_path
+    from kdjax.offline import open_writer
 
     loop.claim_workdir(workdir, experiment)
     built = build(experiment, workdir, live_teacher=True)
     rows = built.data.train if experiment.samples.rescore_every else built.train
     path = cache_path(experiment, workdir)
-    writer = open_writer(built, rows, path)
+    writer = open_writer(built, rows, path, shlex.join(["python", "-m", "launch.cache_teacher", *sys.argv[1:]]))
     fill(built, rows, writer)
     finished = not writer.missing(verify=False)
     if finished:
@@ -64,38 +63,10 @@ def main() -> int | None:
     return None
 
 
-def open_writer(built: "Built", rows: "Rows", path: str) -> "CacheWriter":
-    """The cache of these rows, begun now or before."""
-    import kdjax
-    from kdjax.build import cache_identity
-    from kdjax.curation import params_fingerprint
-    from kdjax.teacher.cache import Header, create_or_open, rows_digest
-
-    e = built.experiment
-    header = Header(
-        **cache_identity(built),
-        student=params_fingerprint(built.student_params) if e.cache.superset else "",
-        entropy=e.cache.entropy,
-        label_logp=e.cache.label_logp,
-        rows=len(rows),
-        rows_digest=rows_digest(rows.row_id, rows.row_hash),
-        rows_per_shard=e.cache.rows_per_shard,
-        made={
-            "kdjax": kdjax.__version__,
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "teacher": "" if built.teacher is None else built.teacher.source,
-            "command": shlex.join(["python", "-m", "launch.cache_teacher", *sys.argv[1:]]),
-            "corpus_tokens": int((built.data.train.segment_ids > 0).sum()),
-            "config": json.loads(json.dumps(dataclasses.asdict(e))),
-        },
-    )
-    return create_or_open(path, header, rows.row_id, rows.row_hash)
-
-
 def fill(built: "Built", rows: "Rows", writer: "CacheWriter") -> None:
     """Write the shards of this process that are missing, with progress; say what they took."""
-    from kdjax.build import teacher_pass
     from kdjax.curation.teacher_pass import make_recorder, write_shards
+    from kdjax.offline import teacher_pass
     from kdjax.run_log import Progress
     from kdjax.teacher.cache import open_cache
 
@@ -195,10 +166,11 @@ def compare(reader: "CacheReader", wanted: int) -> int:
     import ml_collections
     import numpy as np
 
-    from kdjax.build import build, cache_identity, teacher_pass
+    from kdjax.build import build, cache_identity
     from kdjax.config import from_config_dict
     from kdjax.curation.teacher_pass import make_recorder, rows_of_a_group
     from kdjax.data import eligible, take
+    from kdjax.offline import teacher_pass
     from kdjax.teacher.cache.header import differences
 
     config = flags.FLAGS.config or ml_collections.ConfigDict(reader.header.made["config"])
@@ -209,7 +181,9 @@ def compare(reader: "CacheReader", wanted: int) -> int:
     recorder = make_recorder(teacher_pass(built), built.teacher_params, built.student_params)
     size = rows_of_a_group(reader.header.seq_len) * built.rules.batch_shards
     groups = _groups(reader, size)
-    chosen = np.random.default_rng(0).permutation(len(groups))[: max(1, -(-wanted // size))]
+    order = np.random.default_rng(0).permutation(len(groups))
+    before = np.cumsum([len(groups[at]) for at in order]) - [len(groups[at]) for at in order]
+    chosen = order[before < wanted]
     place = {int(row_id): at for at, row_id in enumerate(built.data.train.row_id)}
     same = total = rows = 0
     for group in sorted(chosen.tolist()):
@@ -224,7 +198,7 @@ def compare(reader: "CacheReader", wanted: int) -> int:
     share = same / max(total, 1)
     print(f"{rows} rows run again: {same:,} of {total:,} positions have the same entries ({share:.4%})")
     if share < ALIKE:
-        print("error: this is not what the teacher says; the cache must not be used", file=sys.stderr)
+        print("WRONG: this is not what the teacher says; the cache must not be used")
         return 2
     return 0
 

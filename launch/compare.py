@@ -38,6 +38,7 @@ flags.DEFINE_bool("full", False, "The study's variant for better machines.")
 flags.DEFINE_bool("dry_run", False, "Say what would be done.")
 
 ROOT = Path(__file__).resolve().parents[1]
+SUMMED = ("seconds", "processor_seconds")  # over the attempts of a phase
 TAIL = 12  # lines of a failed command's log that are shown
 
 
@@ -52,6 +53,11 @@ class Stop:
     asked: bool = False
     child: "subprocess.Popen[bytes] | None" = None
     pass_on: tuple[int, ...] = ()
+
+    def check(self) -> None:
+        """Raises Stopped if the user asked to stop."""
+        if self.asked:
+            raise Stopped
 
     def note(self, number: int, frame: Any) -> None:
         """The handler of SIGINT and SIGTERM: the command saves what it has and ends."""
@@ -213,8 +219,7 @@ def _phase(head: str, phase: str, folder: Path, made: "Experiment", stop: "Stop"
     from kdjax.analysis.study_results import failure, is_trained, marker, phase_figures
     from kdjax.run_log import duration
 
-    if stop.asked:
-        raise Stopped
+    stop.check()
     command = [sys.executable, "-m", f"launch.{phase}", *typed]
     book, log = folder / "phases" / f"{phase}.attempts.json", folder / "logs" / f"{phase}.log"
     attempts = json.loads(book.read_text(encoding="utf-8")) if book.is_file() else []
@@ -222,36 +227,29 @@ def _phase(head: str, phase: str, folder: Path, made: "Experiment", stop: "Stop"
     code, used = execute(command, log, stop)
     attempts = [*attempts, used]
     write_json(book, attempts)
-    failed = failure(folder)
-    failed.unlink(missing_ok=True)
+    failure(folder).unlink(missing_ok=True)
     complete = code == 0 and (phase != "train" or is_trained(folder, made.train.steps))
-    if stop.asked and not complete:
-        raise Stopped
     if not complete:
+        stop.check()
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         ended = f"exit code {code}" if code else "it ended before its last step"
         message = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-        write_json(failed, {"phase": phase, "message": message, "code": code, "command": shlex.join(command)})
+        write_json(failure(folder), {"phase": phase, "message": message, "code": code, "command": shlex.join(command)})
         tail = "".join(f"    {line}\n" for line in lines[-TAIL:])
         print(f"{head}: {phase} FAILED, {ended}; the end of {log}:\n{tail}    again: {shlex.join(command)}")
         return False
-    whole = (
-        None
-        if None in attempts
-        else {name: sum(a[name] for a in attempts) for name in ("seconds", "processor_seconds")}
-    )
+    seen = [attempt for attempt in attempts if attempt is not None]
+    whole = {name: sum(a[name] for a in seen) if len(seen) == len(attempts) else None for name in SUMMED}
     record = {
-        "seconds": whole and whole["seconds"],
-        "processor_seconds": whole and whole["processor_seconds"],
-        "resident_bytes": max(a["resident_bytes"] for a in attempts if a is not None),
+        **whole,
+        "resident_bytes": max(attempt["resident_bytes"] for attempt in seen),
         "attempts": len(attempts),
         "command": shlex.join(command),
         **phase_figures(phase, folder, made),
     }
     write_json(marker(folder, phase), record)
     print(f"{head}: {phase}, {duration(used['seconds'])}", flush=True)
-    if stop.asked:
-        raise Stopped
+    stop.check()
     return True
 
 

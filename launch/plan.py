@@ -15,8 +15,6 @@ from launch import app
 
 if TYPE_CHECKING:
     from kdjax.config import Experiment
-    from kdjax.sharding import Rules
-    from kdjax.types import Batch
 
 app.define_config()
 flags.DEFINE_string("out", None, "A JSON file to write.")
@@ -62,6 +60,7 @@ def step_figures(experiment: "Experiment") -> dict[str, int]:
 
     from kdjax import models
     from kdjax.build import DTYPES, build_parts
+    from kdjax.data import abstract_batch
     from kdjax.models import prune
     from kdjax.models.io import load_config
     from kdjax.sharding import make_rules
@@ -94,38 +93,6 @@ def step_figures(experiment: "Experiment") -> dict[str, int]:
         found["step_temporary_bytes"] = compiled.temp_size_in_bytes
         found["step_argument_bytes"] = compiled.argument_size_in_bytes
     return found
-
-
-def abstract_batch(experiment: "Experiment", rules: "Rules", vocab: int) -> "Batch":
-    """Shapes of a step's batch, [A, B, ...], rows split over the mesh; with what a cache brings along, if one does."""
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    from kdjax.types import Batch, CachedTeacher
-
-    e = experiment
-    rows, length = e.train.batch_size // e.train.accumulate, e.data.seq_len
-
-    def column(dtype: Any, *shape: int) -> Any:
-        sharding = None
-        if rules.mesh is not None:
-            sharding = NamedSharding(rules.mesh, PartitionSpec(None, *rules.batch_spec(len(shape))))
-        return jax.ShapeDtypeStruct((e.train.accumulate, *shape), dtype, sharding=sharding)
-
-    tokens, ids = column(jnp.int32, rows, length), column(jnp.int32, rows)
-    mask, weight = column(jnp.bool_, rows, length), column(jnp.float32, rows)
-    teacher = None
-    if e.teacher.source == "cache":
-        entries, figure = min(e.classes.entries, vocab), column(jnp.float32, rows, length)
-        teacher = CachedTeacher(
-            ids=column(jnp.int32, rows, length, entries),
-            codes=column(jnp.uint16, rows, length, entries),
-            stored=mask,
-            entropy=figure if e.cache.entropy else None,
-            label_logp=figure if e.cache.label_logp else None,
-        )
-    return Batch(tokens, tokens, tokens, mask, row_id=ids, epoch=ids, weight=weight, teacher=teacher)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ LEVELS = [
     "teacher selection losses generation verifiers",
     "step curation analysis",
     "build checkpoint evals",
-    "report_data",
+    "offline report_data",
     "loop",
     "launch configs",
 ]

@@ -93,7 +93,7 @@ def experiment(folder):
 def train(built, steps=1):
     """(state, metrics of each step, how often the step was compiled)."""
     e, state, reports = built.experiment, loop.fresh_state(built), []
-    data = loop.train_iterator(built.data.train, e.train.batch_size, e.data.seed)
+    data = loop.train_iterator(built.data.train, e.train.batch_size, e.train.seed)
     step = jax.jit(make_train_step(built.parts), donate_argnums=0)
     for _ in range(steps):
         batch = loop.place(next(data), built.rules, e.train.accumulate)
@@ -273,7 +273,7 @@ def test_models_and_data_that_are_not_there(experiment, overrides, message):
         (
             "selection__policy",
             "top_fracton",
-            r"selection\.policy must be .*'top_fracton'\. Did you mean 'top_fraction'\? Known: all,",
+            r"selection\.policy must be .*'top_fracton'\. Did you mean 'top_fraction'\? Known: adaptive, all,",
         ),
         (
             "selection__signal",

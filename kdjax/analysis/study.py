@@ -26,6 +26,7 @@ from kdjax.registry import did_you_mean
 
 TIMED = "@time"  # ends the name of an arm that trains for the reference's time
 PHASES = ("curate", "cache_teacher", "train", "evaluate")
+FREE = ("name", "log", "checkpoint")  # groups of base that change no figure
 # Fields of the experiment that an arm may not set -> why.
 SHARED = {
     "name": "it is made of study, arm and seed",
@@ -281,10 +282,10 @@ def steps_for_time(budget: float, before: float, seconds_per_step: float) -> int
 def identity(study: Study) -> dict[str, Any]:
     """What runs of one study must agree on: base, fields that a seed sets, held-out rows, and every arm's overrides.
 
-    Not the lists of arms and seeds: either may grow, and what is there still counts.
+    Not the lists of arms and seeds: either may grow, and what is there still counts. Nor what is in FREE.
     """
     said = {
-        "base": dataclasses.asdict(study.base),
+        "base": {name: value for name, value in dataclasses.asdict(study.base).items() if name not in FREE},
         "seed_fields": study.seed_fields,
         "heldout_rows": study.heldout_rows,
         "reference": study.reference,

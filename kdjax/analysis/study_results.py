@@ -96,9 +96,9 @@ def preparation_seconds(folder: Path, made: Experiment) -> float | None:
 
 
 def _work(done: Record) -> float | None:
-    """Seconds of a preparation without start-up if the script says so, else of the whole command."""
+    """Seconds of a preparation: without start-up if its script says so, of the whole commands if it took several."""
     seconds = done.get("work_seconds")
-    return float(seconds) if seconds is not None else done["seconds"]
+    return float(seconds) if seconds is not None and done["attempts"] == 1 else done["seconds"]
 
 
 def timed_steps(study: Study, workdir: Path, arm: str, made: Experiment) -> tuple[int, str]:
@@ -165,6 +165,7 @@ def _record(study: Study, workdir: Path, run: Run) -> Record:
     steps_only = None if pace is None else pace * train["steps"]
     costs = {
         "steps": train["steps"],
+        "tokens_of_text": int(plan.get("train_tokens") or _covered(study, Run(run.arm, run.seed), trained)),
         "tokens_covered": _covered(study, run, trained),
         "tokens_trained": trained,
         "targets_supervised": _supervised(plan, trained, train["selected_fraction"]),

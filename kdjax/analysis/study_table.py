@@ -169,7 +169,7 @@ COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 def cost_rows(arms: Sequence[Arm], reference: str) -> list[list[str]]:
-    """Costs x arms, then work and steps alone as parts of the reference's, and the cache's bytes per token covered."""
+    """Costs x arms, then work and steps alone as parts of the reference's, and the cache's bytes per token of text."""
     rows = [["costs", *(arm.name for arm in arms)]]
     rows += [[title, *(_known(arm.costs.get(key), form) for arm in arms)] for title, key, form in COSTS]
     for title, key in (("work", "total_seconds"), ("steps", "steps_seconds")):
@@ -177,9 +177,9 @@ def cost_rows(arms: Sequence[Arm], reference: str) -> list[list[str]]:
         rows.append([f"{title} / {reference}", *parts])
     per_token = []
     for arm in arms:
-        stored, covered = arm.costs["cache_bytes"], arm.costs["tokens_covered"]
-        per_token.append(f"{stored.value / covered.value:.2f}" if stored.n and covered.value else "-")
-    rows.append(["cache, bytes per token covered", *per_token])
+        stored, tokens = arm.costs["cache_bytes"], arm.costs["tokens_of_text"]
+        per_token.append(f"{stored.value / tokens.value:.2f}" if stored.n and tokens.value else "-")
+    rows.append(["cache, bytes per token of the text", *per_token])
     return [row for at, row in enumerate(rows) if not at or any(cell != "-" for cell in row[1:])]
 
 

@@ -44,7 +44,7 @@ class Data:
     seq_len: int = 128
     packing: str = "pack"  # pack: documents share rows | row: one example per row
     heldout_fraction: float = 0.05  # of the documents
-    seed: int = 0  # of the split and the shuffle
+    seed: int = 0  # of the split
     max_train_tokens: int = 0  # 0 = all; else whole rows are kept until this many tokens
     chat_template: bool = True  # prompt/response and messages go through the tokenizer's template
     system_prompt: str = ""  # "" = whatever the template does by default
@@ -139,7 +139,7 @@ class Train:
     steps: int = 100
     batch_size: int = 8  # rows per optimiser step, over all devices
     accumulate: int = 1  # micro-batches per step
-    seed: int = 0
+    seed: int = 0  # of the order of the rows, the draws of positions, random weights
     log_every: int = 5
 
 

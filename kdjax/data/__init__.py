@@ -2,7 +2,7 @@
 
 from kdjax.data.load import LoadedData, load_data
 from kdjax.data.packing import PACKINGS, Rows, eligible, ids_in, make_rows, take
-from kdjax.data.pipeline import as_batch, heldout_batches, to_batch, train_iterator
+from kdjax.data.pipeline import abstract_batch, as_batch, heldout_batches, to_batch, train_iterator
 from kdjax.data.sources import SOURCES, Document, read_documents
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Document",
     "LoadedData",
     "Rows",
+    "abstract_batch",
     "as_batch",
     "eligible",
     "heldout_batches",

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from kdjax.config import Experiment
 from kdjax.data.packing import Rows, eligible, take
 from kdjax.sharding import Rules
 from kdjax.types import Batch, CachedTeacher
@@ -95,6 +98,32 @@ def as_batch(columns: Mapping[str, Any], put: Callable[[np.ndarray], jax.Array])
     placed = jax.tree.map(put, dict(columns))
     teacher = placed.pop("teacher", None)
     return Batch(**placed, teacher=None if teacher is None else CachedTeacher(**teacher))
+
+
+def abstract_batch(experiment: Experiment, rules: Rules, vocab_size: int) -> Batch:
+    """Shapes of a step's batch, [A, B, ...], rows split over the mesh; with what a cache brings along, if one does."""
+    e = experiment
+    rows, length = e.train.batch_size // e.train.accumulate, e.data.seq_len
+
+    def column(dtype: Any, *shape: int) -> Any:
+        sharding = None
+        if rules.mesh is not None:
+            sharding = NamedSharding(rules.mesh, P(None, *rules.batch_spec(len(shape))))
+        return jax.ShapeDtypeStruct((e.train.accumulate, *shape), dtype, sharding=sharding)
+
+    tokens, ids = column(jnp.int32, rows, length), column(jnp.int32, rows)
+    mask, weight = column(jnp.bool_, rows, length), column(jnp.float32, rows)
+    teacher = None
+    if e.teacher.source == "cache":
+        entries, figure = min(e.classes.entries, vocab_size), column(jnp.float32, rows, length)
+        teacher = CachedTeacher(
+            ids=column(jnp.int32, rows, length, entries),
+            codes=column(jnp.uint16, rows, length, entries),
+            stored=mask,
+            entropy=figure if e.cache.entropy else None,
+            label_logp=figure if e.cache.label_logp else None,
+        )
+    return Batch(tokens, tokens, tokens, mask, row_id=ids, epoch=ids, weight=weight, teacher=teacher)
 
 
 def _columns(rows: Rows, index: np.ndarray, epoch: np.ndarray) -> Columns:

@@ -26,7 +26,13 @@ def record(name, seed, perplexity):
     cells = {key: {"value": 0.1 + seed / 100, "low": 0.0, "high": 1.0} for key in keys}
     cells["perplexity"] = {"value": perplexity, "low": perplexity - 1, "high": perplexity + 1}
     costs = dict.fromkeys(("targets_supervised", "temporary_bytes", "argument_bytes", "cache_bytes"))
-    costs |= {"steps": 100, "tokens_covered": 51200, "tokens_trained": 51200, "seconds_per_step": 1.5}
+    costs |= {
+        "tokens_of_text": 51200,
+        "steps": 100,
+        "tokens_covered": 51200,
+        "tokens_trained": 51200,
+        "seconds_per_step": 1.5,
+    }
     costs |= {"preparation_seconds": 30.0, "steps_seconds": 150.0, "total_seconds": 180.0, "whole_seconds": 200.0}
     costs |= {"processor_seconds": 300.0, "resident_bytes": 2**30}
     phase = {"seconds": 200.0, "processor_seconds": 300.0, "resident_bytes": 2**30, "attempts": 1}

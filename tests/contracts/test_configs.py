@@ -11,7 +11,6 @@ import pathlib
 import re
 
 import jax
-import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
@@ -19,10 +18,10 @@ from ml_collections import ConfigDict
 from kdjax import models
 from kdjax.build import build_parts
 from kdjax.config import from_config_dict
+from kdjax.data import abstract_batch
 from kdjax.models import ModelConfig
 from kdjax.sharding import DATA, PRESETS, Rules
 from kdjax.step import init_state, make_train_step
-from kdjax.types import Batch
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("[!_]*.py"))
 HEADER = ("Command", "Hardware", "Time", "Result")
@@ -63,23 +62,6 @@ def test_the_header_overrides_fields_that_exist_and_are_no_groups(path):
         assert not isinstance(field(config, name), ConfigDict)
 
 
-def abstract_batch(experiment, rules):
-    """[A, B, ...], rows split over the mesh."""
-    accumulate = experiment.train.accumulate
-    rows, length = experiment.train.batch_size // accumulate, experiment.data.seq_len
-
-    def column(dtype, *shape):
-        sharding = None
-        if rules.mesh is not None:
-            spec = jax.sharding.PartitionSpec(None, *rules.batch_spec(len(shape)))
-            sharding = jax.sharding.NamedSharding(rules.mesh, spec)
-        return jax.ShapeDtypeStruct((accumulate, *shape), dtype, sharding=sharding)
-
-    tokens, ids = column(jnp.int32, rows, length), column(jnp.int32, rows)
-    mask, weight = column(jnp.bool_, rows, length), column(jnp.float32, rows)
-    return Batch(tokens, tokens, tokens, mask, row_id=ids, epoch=ids, weight=weight)
-
-
 def form(leaf):
     return leaf.shape, str(leaf.dtype), None if leaf.sharding is None else leaf.sharding.spec
 
@@ -101,7 +83,9 @@ def test_its_step_type_checks_on_every_mesh(path, preset):
         state, report = step(*arguments)
         return state, report.metrics, report.finite_rows
 
-    after, metrics, finite_rows = jax.eval_shape(plain, state, teacher, abstract_batch(experiment, rules))
+    after, metrics, finite_rows = jax.eval_shape(
+        plain, state, () if parts.teacher is None else teacher, abstract_batch(experiment, rules, STUDENT.vocab_size)
+    )
 
     # What goes in comes out in the same form and place: else step 2 compiles again, or a weight is left whole.
     assert jax.tree.map(form, after) == jax.tree.map(form, state)

@@ -11,10 +11,10 @@ from jax.sharding import AbstractMesh, AxisType
 from kdjax import models
 from kdjax.build import build_parts
 from kdjax.config import from_config_dict
+from kdjax.data import abstract_batch
 from kdjax.models import ModelConfig
 from kdjax.sharding import DATA, PRESETS, Rules
 from kdjax.step import init_state, make_train_step
-from launch.plan import abstract_batch
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs/paper"
 QWEN3 = {"family": "qwen3", "vocab_size": 151936, "kv_heads": 8, "head_dim": 128, "rope_theta": 1e6, "norm_eps": 1e-6}

@@ -13,7 +13,7 @@ from absl import flags
 from kdjax import loop
 from kdjax.build import build
 from kdjax.config import default_config, from_config_dict
-from kdjax.data import train_iterator
+from kdjax.data import abstract_batch, train_iterator
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -24,8 +24,9 @@ def plan():
     spec = importlib.util.spec_from_file_location("launched_plan", ROOT / "launch" / "plan.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    made = set(flags.FLAGS) - known  # its own; those of libraries that are imported later stay
     yield module
-    for name in set(flags.FLAGS) - known:
+    for name in made:
         delattr(flags.FLAGS, name)
 
 
@@ -44,43 +45,50 @@ def experiment():
     return from_config_dict(config)
 
 
-def test_the_batch_is_shaped_as_the_one_of_a_run(plan, experiment):
-    built = build(experiment)
+@pytest.fixture(scope="module")
+def built(experiment):
+    return build(experiment)
+
+
+@pytest.fixture(scope="module")
+def live(plan, experiment):
+    return plan.step_figures(experiment)
+
+
+def test_the_batch_is_shaped_as_the_one_of_a_run(experiment, built):
     columns = next(train_iterator(built.data.train, 4, 0))
     real = loop.place(columns, built.rules, experiment.train.accumulate)
 
     def form(leaf):
         return leaf.shape, leaf.dtype
 
-    assert jax.tree.map(form, plan.abstract_batch(experiment, built.rules, 264)) == jax.tree.map(form, real)
+    assert jax.tree.map(form, abstract_batch(experiment, built.rules, 264)) == jax.tree.map(form, real)
 
 
-def test_figures_of_a_step(plan, experiment):
-    found = plan.step_figures(experiment)
-    built = build(experiment)
+def test_figures_of_a_step(plan, experiment, built, live):
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(p)) for p in (built.student_params, built.teacher_params)]
-    assert [found["student_parameters"], found["teacher_parameters"]] == sizes
-    batch = plan.abstract_batch(experiment, built.rules, 264)
+    assert [live["student_parameters"], live["teacher_parameters"]] == sizes
+    batch = abstract_batch(experiment, built.rules, 264)
     bytes_in = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
     # Student, its two moments and the teacher in float32, the batch; a few scalars more, what no policy reads less.
     wanted = 4 * (3 * sizes[0] + sizes[1]) + bytes_in
-    assert found["step_argument_bytes"] == pytest.approx(wanted, abs=1024)
-    assert found["step_temporary_bytes"] > 4 * sizes[0], "the gradient"
+    assert live["step_argument_bytes"] == pytest.approx(wanted, abs=1024)
+    assert live["step_temporary_bytes"] > 4 * sizes[0], "the gradient"
 
 
-def test_with_a_cache_the_teacher_is_no_argument(plan, experiment):
+def test_with_a_cache_the_teacher_is_no_argument(plan, experiment, live):
     classes = dataclasses.replace(experiment.classes, kind="sampled", entries=20)
     cached = dataclasses.replace(
         experiment, classes=classes, teacher=dataclasses.replace(experiment.teacher, source="cache")
     )
-    live, without = (plan.step_figures(e) for e in (experiment, cached))
+    without = plan.step_figures(cached)
     positions = experiment.train.batch_size * experiment.data.seq_len
     columns = positions * (20 * (4 + 2) + 1 + 4)  # ids and codes, whether they are stored, the entropy
     saved = 4 * live["teacher_parameters"] - columns
     assert live["step_argument_bytes"] - without["step_argument_bytes"] == pytest.approx(saved, abs=8192)
 
 
-def test_the_script_writes_what_it_prints(plan, experiment, tmp_path, monkeypatch, capsys):
+def test_the_script_writes_what_it_prints(plan, built, live, tmp_path, monkeypatch, capsys):
     config = default_config()
     for group, field, value in (
         ("teacher", "path", "synthetic"),
@@ -91,11 +99,11 @@ def test_the_script_writes_what_it_prints(plan, experiment, tmp_path, monkeypatc
         config[group][field] = value
     config.student.init.kind = "cut"
     config.student.init.layers = 1
+    monkeypatch.setattr(plan, "step_figures", lambda experiment: live)
     monkeypatch.setattr(plan.app, "require", lambda name: config)
     flags.FLAGS([sys.argv[0], f"--out={tmp_path / 'some' / 'plan.json'}"])
     plan.main()
     found = json.loads((tmp_path / "some" / "plan.json").read_text())
     assert (found["train_rows"], found["train_tokens"]) == (32, 1024)
-    summary = build(experiment).data.summary
-    assert found["heldout_targets"] == summary["heldout"]["targets"]
+    assert found["heldout_targets"] == built.data.summary["heldout"]["targets"]
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == [f"{v:,}" for v in found.values()]

@@ -5,7 +5,6 @@ imported cost a tenth of a second and get a process each.
 """
 
 import dataclasses
-import importlib.util
 import json
 import os
 import pathlib
@@ -14,13 +13,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
 
 from kdjax import models
 from kdjax.models import ModelConfig, synthetic
@@ -53,32 +50,6 @@ def command(script, *arguments, within=120):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     typed = [sys.executable, "-m", f"launch.{script}", *map(str, arguments)]
     return subprocess.run(typed, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=within, check=False)
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """call(script, *arguments): its main() in this process with these flags; what it printed."""
-
-    def run(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"launch/{script}.py", *map(str, arguments)])
-        known = set(flags.FLAGS)
-        spec = importlib.util.spec_from_file_location(f"launched_{script}", ROOT / "launch" / f"{script}.py")
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-            with warnings.catch_warnings():  # ml_collections loads the config file in an outdated way
-                warnings.filterwarnings("ignore", r"the load_module\(\) method is deprecated", DeprecationWarning)
-                flags.FLAGS(sys.argv)
-        finally:
-            made = set(flags.FLAGS) - known
-        try:
-            module.main()
-        finally:
-            for name in made:  # the scripts share flag names; what the libraries define in main stays
-                delattr(flags.FLAGS, name)
-        return capsys.readouterr().out
-
-    return run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,7 +282,7 @@ def refusal(done):
         ),
         (
             ["--config.trian.steps=3"],
-            r"config has no field 'trian\.steps'\. Did you mean 'train'\? Known: checkpoint, .*",
+            r"config has no field 'trian\.steps'\. Did you mean 'train'\? Known: cache, checkpoint, .*",
         ),
         (["--noconfig.log.wandbb"], r"config has no field 'log\.wandbb'\. Did you mean 'wandb'\? .*"),
         (["--config.train.steps.x=3"], r"config has no field 'train\.steps\.x'; train\.steps is one value\."),

@@ -24,12 +24,13 @@ CASES = {
         "loss__terms": (("jsd", 0.5), ("cross_entropy", 0.5)),
         "loss__tau": 2.0,
     },
+    "drawn classes": {"selection__fraction": 0.3, "classes__kind": "sampled", "classes__entries": 7},
 }
 MESHES = [name for name, preset in PRESETS.items() if not preset.one_device]
 
 
 def columns_of(batch):
-    return {name: np.asarray(getattr(batch, name)) for name in batch.__dataclass_fields__}
+    return {name: np.asarray(getattr(batch, name)) for name in batch.__dataclass_fields__ if name != "teacher"}
 
 
 def make(rules, case, accumulate=1):

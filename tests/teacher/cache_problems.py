@@ -1,7 +1,9 @@
 """Small caches for tests: records that look like a teacher's, and a second, plain reader of the format."""
 
 import dataclasses
+import itertools
 import struct
+import zlib
 
 import numpy as np
 
@@ -47,6 +49,18 @@ def drawn(rng, n, vocab_size, entries):
         picked = np.searchsorted(cumulative[rng.integers(len(cumulative))], rng.random(entries))
         # An odd step that shares no factor with most sizes spreads the likely ids over the vocabulary.
         found, counts = np.unique((picked.clip(max=vocab_size - 1) * 7919 + at) % vocab_size, return_counts=True)
+        ids[at, : len(found)], codes[at, : len(found)] = found, counts
+    return ids, codes
+
+
+def text_like(rng, n, vocab_size, entries):
+    """As `drawn`, but tokens that are likely in general have low ids, as where a tokenizer's merges made them."""
+    ids, codes = np.zeros((n, entries), np.int32), np.zeros((n, entries), np.uint16)
+    cumulative = np.cumsum(1 / (np.arange(vocab_size) + 2.7))
+    for at in range(n):
+        likely = np.searchsorted(cumulative, rng.random(200) * cumulative[-1])  # here, from the most likely on
+        share = np.arange(1, 201.0) ** -rng.choice([1.0, 1.2, 1.5, 2.0, 3.0])
+        found, counts = np.unique(rng.choice(likely, entries, p=share / share.sum()), return_counts=True)
         ids[at, : len(found)], codes[at, : len(found)] = found, counts
     return ids, codes
 
@@ -123,6 +137,14 @@ def make_problem(rows=10, seed=0, **changes):
     return Problem(header, keys, eligible, [make_row(header, rng, row) for row in eligible])
 
 
+def streams(file):
+    """The deflate streams of a shard's rows."""
+    raw = file.read_bytes()
+    (rows,) = struct.unpack_from("<I", raw, 16)
+    ends = [0, *(struct.unpack_from("<I", raw, 96 + 12 * r)[0] for r in range(rows))]
+    return [raw[96 + 12 * rows :][start:end] for start, end in itertools.pairwise(ends)]
+
+
 def parse_shard(raw, header):
     """The shard's number, and per row: stored places or None, entropy bytes, label bytes, a position's [(id, code)]."""
     magic, version, number, rows, behind, _, _, _ = struct.unpack("<8sIIIQ32s32sI", raw[:96])
@@ -134,7 +156,9 @@ def parse_shard(raw, header):
     per_position = header.entries if header.kind == "sampled" else min(header.entries, header.vocab_size)
     out, start = [], 0
     for end, eligible, _ in index:
-        blob, start = body[start:end], end
+        stream = zlib.decompressobj(wbits=-15)
+        blob, start = stream.decompress(body[start:end]), end
+        assert (stream.eof, stream.unused_data) == (True, b"")
         places = None
         n = eligible
         if header.superset and blob:
@@ -146,13 +170,16 @@ def parse_shard(raw, header):
         labels = blob[: 2 * n] if header.label_logp else None
         blob = blob[2 * n if header.label_logp else 0 :]
         assert len(blob) % size == 0
-        words = [int.from_bytes(blob[at : at + size], "little") for at in range(0, len(blob), size)]
+        many = len(blob) // size
+        words = [sum(blob[plane * many + at] << 8 * plane for plane in range(size)) for at in range(many)]
         entries = iter([(word & (1 << bits) - 1, word >> bits) for word in words])
         positions = []
         for _ in range(n):
-            position = []
+            position, token = [], 0
             while sum(c for _, c in position) < header.entries if header.counts else len(position) < per_position:
-                position.append(next(entries))
+                step, code = next(entries)
+                token = (token + step) % 2**bits
+                position.append((token, code))
             positions.append(position)
         assert next(entries, None) is None
         out.append((places, entropy, labels, positions))

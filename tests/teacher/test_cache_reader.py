@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdjax.teacher.cache import open_cache, reader
+from kdjax.teacher.cache import open_cache, reader, records, shards, writer
 from kdjax.types import CachedTeacher
 
 CACHES = {
@@ -163,6 +163,35 @@ def test_places_of_a_superset_must_be_eligible(tmp_path):
         open_cache(tmp_path).columns(problem.keys[0][:1], problem.keys[1][:1], moved)
 
 
+PLAIN = {"entropy": False, "label_logp": False}
+UNFIT = [
+    (PLAIN, 5, slice(-2), r"\d+ bytes are no 5 positions"),
+    (PLAIN | {"label_logp": True}, 5, slice(4), "4 bytes are no 5 positions"),
+    (PLAIN, 5, slice(0), "counts sum to 0 at 5 positions"),
+    (PLAIN, 6, slice(None), "counts sum to 250 at 6 positions"),
+    (PLAIN, 4, slice(None), "counts sum to 250 at 4 positions"),
+    (PLAIN | {"power": 0.5}, 5, slice(-5), "249 entries at 5 positions"),
+    (PLAIN | {"power": 0.5}, 6, slice(None), "250 entries at 6 positions"),
+]
+
+
+@pytest.mark.parametrize(("changes", "positions", "part", "message"), UNFIT)
+def test_bytes_that_are_of_other_positions(changes, positions, part, message):
+    header = problems.make_header(problems.row_keys(1), **changes)
+    record = problems.make_row(header, np.random.default_rng(0), np.arange(16) < 5)
+    row = np.frombuffer(b"".join(records.encode_row(header, record, 7)), np.uint8)[part]
+    with pytest.raises(ValueError, match=f"must be those that the cache was written for; {message}. The data or how"):
+        records.decode_rows(header, [row], np.arange(16)[None] < positions)
+
+
+def test_counts_that_do_not_end_with_a_position():
+    header = problems.make_header(problems.row_keys(1), **PLAIN)
+    for counts in ([49, 2, 49], [50, 49]):
+        row = np.array([[7] * len(counts), [0] * len(counts), [count << 2 for count in counts]], np.uint8).reshape(-1)
+        with pytest.raises(ValueError, match=rf"counts sum to {sum(counts)} at 2 positions"):
+            records.decode_rows(header, [row], np.arange(16)[None] < 2)
+
+
 def test_eligible_has_the_shape_of_the_batch(whole):
     problem, path = whole
     with pytest.raises(ValueError, match=r"eligible must be \[2, 16\], got \[2, 15\]; data.seq_len"):
@@ -224,6 +253,18 @@ def test_a_flipped_bit_anywhere_in_a_shard_is_found(tmp_path):
         ):
             read(open_cache(tmp_path), problem, np.arange(3))  # the head when it is opened, rows when they are read
     assert len(content) > 200
+
+
+def test_a_row_that_is_no_deflate_stream(tmp_path, monkeypatch):
+    problem = problems.make_problem(rows=3, seq_len=8, entries=5)
+    for name, change in (("cut", lambda raw: raw[:-1]), ("not deflated", lambda raw: b"\xff" * len(raw))):
+        with monkeypatch.context() as patch:
+            patch.setattr(writer, "deflate", lambda parts, change=change: change(shards.deflate(parts)))
+            problem.write(tmp_path / name)
+        cache = open_cache(tmp_path / name)
+        cache.verify()
+        with pytest.raises(ValueError, match=r"shard-000000.kdc is damaged: its row 0 is no deflate stream: .*Delete"):
+            read(cache, problem, np.arange(3))
 
 
 def test_a_flipped_bit_in_a_row_is_found_when_the_shard_is_verified(tmp_path):
@@ -308,7 +349,9 @@ def test_the_summary_counts_what_is_on_the_disk(whole):
     assert found["rows"] == 10
     assert found["missing_shards"] == 0
     assert found["positions"] == found["eligible"] == problem.eligible.sum() == found["distinct"]["positions"]
-    assert found["bytes"]["data"] == (3 * distinct + 1 + 2).sum()
+    inflated = sum(3 * distinct + 1 + 2)
+    assert found["bytes"]["data"] == sum(len(raw) for file in path.glob("*.kdc") for raw in problems.streams(file))
+    assert 0.3 * inflated < found["bytes"]["data"] < inflated
     assert found["bytes"]["offsets"] == 3 * 96 + 10 * 12
     assert sum(found["bytes"].values()) == sum(file.stat().st_size for file in path.iterdir())
     assert found["bytes_per_position"] * len(distinct) == pytest.approx(

@@ -27,34 +27,65 @@ def test_words_are_short_where_18_and_6_bits_do(vocab_size, largest_code, size):
     assert words.word_bytes(vocab_size, largest_code) == size
 
 
+START = np.array([0])
+
+
+def back(planes, first, size):
+    steps, codes = words.decode_words(planes)
+    return words.follow(steps, first, size), codes
+
+
 @pytest.mark.parametrize("code", [1, 50, 63])
 @pytest.mark.parametrize("token", [0, 131071, 131072, 140000, 151643, 151935, 262143])
 def test_a_short_word_by_hand(token, code):
-    raw = words.encode_words(np.array([token]), np.array([code]), 3)
-    assert raw == (token + code * 2**18).to_bytes(3, "little")
-    ids, codes = words.decode_words(np.frombuffer(raw, np.uint8), 3)
+    planes = words.encode_words(np.array([token]), np.array([code]), START, 3)
+    assert planes.tobytes() == (token + code * 2**18).to_bytes(3, "little")
+    ids, codes = back(planes, START, 3)
     assert (ids.tolist(), codes.tolist()) == ([token], [code])
 
 
 @pytest.mark.parametrize("code", [1, 64, 65535])
 @pytest.mark.parametrize("token", [0, 262143, 262144, 2**24 - 1])
 def test_a_long_word_by_hand(token, code):
-    raw = words.encode_words(np.array([token]), np.array([code]), 5)
-    assert raw == (token + code * 2**24).to_bytes(5, "little")
-    ids, codes = words.decode_words(np.frombuffer(raw, np.uint8), 5)
+    planes = words.encode_words(np.array([token]), np.array([code]), START, 5)
+    assert planes.tobytes() == (token + code * 2**24).to_bytes(5, "little")
+    ids, codes = back(planes, START, 5)
     assert (ids.tolist(), codes.tolist()) == ([token], [code])
+
+
+@pytest.mark.parametrize("size", [3, 5])
+def test_steps_and_planes_by_hand(size):
+    ids, codes, first = np.int32([7, 9, 265, 4, 4, 3]), np.uint16([1, 2, 3, 4, 5, 6]), np.array([0, 3])
+    bits = words.ID_BITS[size]
+    steps = [7, 2, 256, 4, 0, 2**bits - 1]  # a position's first id is itself; the last step leads down
+    plain = [(step + (code << bits)).to_bytes(size, "little") for step, code in zip(steps, codes.tolist(), strict=True)]
+    planes = words.encode_words(ids, codes, first, size)
+    assert planes.tolist() == [[word[plane] for word in plain] for plane in range(size)]
+    found, _ = words.decode_words(planes)
+    assert found.tolist() == steps
+    assert back(planes, first, size)[0].tolist() == ids.tolist()
 
 
 @given(st.sampled_from([(3, 2**18 - 1, 63), (5, 2**24 - 1, 65535)]), st.data())
 def test_any_words_come_back(size, data):
     bytes_, largest, most = size
     pair = st.tuples(st.integers(0, largest), st.integers(1, most))
-    ids, codes = np.array(data.draw(st.lists(pair, max_size=20)), np.int64).reshape(-1, 2).T
-    raw = words.encode_words(ids.astype(np.int32), codes.astype(np.uint16), bytes_)
-    assert len(raw) == bytes_ * len(ids)
-    back = words.decode_words(np.frombuffer(raw, np.uint8), bytes_)
-    assert [part.dtype for part in back] == [np.int32, np.uint16]
-    assert [part.tolist() for part in back] == [ids.tolist(), codes.tolist()]
+    positions = data.draw(st.lists(st.lists(pair, min_size=1, max_size=9), max_size=9))
+    first = np.cumsum([0, *map(len, positions)])[:-1]
+    ids, codes = np.array([one for position in positions for one in position], np.int64).reshape(-1, 2).T
+    planes = words.encode_words(ids.astype(np.int32), codes.astype(np.uint16), first, bytes_)
+    assert planes.shape == (bytes_, len(ids))
+    found = back(planes, first, bytes_)
+    assert [part.dtype for part in found] == [np.int32, np.uint16]
+    assert [part.tolist() for part in found] == [ids.tolist(), codes.tolist()]
+
+
+def test_steps_may_sum_to_more_than_32_bits():
+    ids = np.tile(np.int32([2**24 - 1, 0]), 3000)  # sums to 2^36
+    first = np.arange(0, 6000, 3)
+    planes = words.encode_words(ids, np.ones(6000, np.uint16), first, 5)
+    assert words.decode_words(planes)[0].sum(dtype=np.int64) > 2**33
+    np.testing.assert_array_equal(back(planes, first, 5)[0], ids)
 
 
 def test_an_entropy_is_off_by_half_a_step_at_most():

@@ -81,7 +81,7 @@ class Header:
 
     @property
     def word_bytes(self) -> int:
-        """Bytes per stored entry."""
+        """Bytes per stored entry, before a row is deflated."""
         return word_bytes(self.vocab_size, self.entries if self.counts else MAX_CODE)
 
     @property

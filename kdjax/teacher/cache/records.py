@@ -3,9 +3,9 @@
 The bytes of a row with n stored positions, in this order (`Header` says which are there):
   bitmap    superset only: one bit per place of the row, lowest bit first, is it stored?
   entropy   uint8 [n];  label_logp  float16 [n]
-  words     the entries, position after position. Counts: a position ends where its counts have summed to `entries`.
-            Others: every position has the same number of them. So no lengths are stored.
-A row without eligible positions has no bytes.
+  words     the entries, position after position, as planes (`words.py`). Counts: a position ends where its counts have
+            summed to `entries`. Others: every position has the same number of them. So no lengths are stored.
+A row without eligible positions has no bytes. What a shard makes of these bytes is in `shards.py`.
 """
 
 from __future__ import annotations
@@ -38,13 +38,16 @@ class RowRecord:
     places: np.ndarray | None = None
 
 
-def encode_row(header: Header, record: RowRecord, row_id: int) -> bytes:
-    """The row's bytes. Raises ValueError that names the row if the record is not what the header promises."""
+def encode_row(header: Header, record: RowRecord, row_id: int) -> list[bytes]:
+    """The row's bytes, in parts of one kind or plane each.
+
+    Raises ValueError that names the row if the record is not what the header promises.
+    """
     problem = _problem(header, record)
     if problem:
         raise ValueError(f"the record of row {row_id} must fit the cache; {problem}.")
     if not record.eligible:
-        return b""
+        return []
     parts = []
     if record.places is not None:
         bits: np.ndarray = np.zeros(header.seq_len, bool)
@@ -58,7 +61,9 @@ def encode_row(header: Header, record: RowRecord, row_id: int) -> bytes:
     except ValueError as error:
         raise ValueError(f"the record of row {row_id} must fit the cache; {error}") from error
     kept = record.codes > 0
-    return b"".join([*parts, words.encode_words(record.ids[kept], record.codes[kept], header.word_bytes)])
+    many = kept.sum(1)
+    planes = words.encode_words(record.ids[kept], record.codes[kept], np.cumsum(many) - many, header.word_bytes)
+    return [*parts, *(plane.tobytes() for plane in planes)]
 
 
 def _problem(header: Header, record: RowRecord) -> str:
@@ -120,10 +125,11 @@ def decode_rows(header: Header, rows: Sequence[np.ndarray], eligible: np.ndarray
     if header.label_logp:
         columns["label_logp"] = np.zeros(stored.shape, np.float32)
         columns["label_logp"][stored] = words.decode_log_prob(parts["label_logp"])
-    ids, codes = words.decode_words(parts["words"], header.word_bytes)
-    place, slot = _places(header, codes, np.flatnonzero(stored))
-    at = place * header.entries + slot
-    columns["ids"].reshape(-1)[at] = ids
+    steps, codes = words.decode_words(parts["words"])
+    places = np.flatnonzero(stored)
+    first = _first(header, codes, len(places))
+    at = np.repeat(places * header.entries - first, np.diff(first, append=len(codes))) + np.arange(len(codes))
+    columns["ids"].reshape(-1)[at] = words.follow(steps, first, header.word_bytes)
     columns["codes"].reshape(-1)[at] = codes
     return columns
 
@@ -154,26 +160,24 @@ def _split(header: Header, rows: Sequence[np.ndarray], stored: np.ndarray) -> Co
         for name, size in (("entropy", header.entropy), ("label_logp", 2 * header.label_logp)):
             parts[name].append(row[start : start + size * n])
             start += size * n
-        parts["words"].append(row[start:])
         if len(row) and (len(row) < start or (len(row) - start) % header.word_bytes):
             raise ValueError(_unfit(f"{len(row)} bytes are no {n} positions"))
-    return {name: np.concatenate(part) for name, part in parts.items()}
+        parts["words"].append(row[start:].reshape(header.word_bytes, -1))
+    return {name: np.concatenate(part, axis=-1) for name, part in parts.items()}
 
 
-def _places(header: Header, codes: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each word its place among the B * T and its slot among the K."""
+def _first(header: Header, codes: np.ndarray, positions: int) -> np.ndarray:
+    """int64 [positions]: where among the words [M] of these codes each position begins."""
     if not header.counts:
-        if len(codes) != len(places) * header.fixed_entries:
-            raise ValueError(_unfit(f"{len(codes)} entries at {len(places)} positions"))
-        slot = np.arange(header.fixed_entries)
-        return np.repeat(places, header.fixed_entries), np.tile(slot, len(places))
+        if len(codes) != positions * header.fixed_entries:
+            raise ValueError(_unfit(f"{len(codes)} entries at {positions} positions"))
+        return np.arange(positions) * header.fixed_entries
     before = np.cumsum(codes, dtype=np.int64) - codes
     first = np.flatnonzero(before % header.entries == 0)
     total = int(codes.sum(dtype=np.int64))
-    if len(first) != len(places) or total != header.entries * len(places):
-        raise ValueError(_unfit(f"counts sum to {total} at {len(places)} positions"))
-    distinct = np.diff(first, append=len(codes))
-    return np.repeat(places, distinct), np.arange(len(codes)) - np.repeat(first, distinct)
+    if len(first) != positions or total != header.entries * positions:
+        raise ValueError(_unfit(f"counts sum to {total} at {positions} positions"))
+    return first
 
 
 def _unfit(why: str) -> str:

@@ -1,7 +1,9 @@
 """What one stored entry, entropy and log-probability is in bytes; all little endian, all vectorised.
 
-A word is an id in its low bits and a code above: 18 + 6 bits in 3 bytes, or 24 + 16 bits in 5 bytes. An entropy is one
-byte, round(255 H / ln V); a log-probability is a float16.
+A word is a step in its low bits and a code above: 18 + 6 bits in 3 bytes, or 24 + 16 bits in 5 bytes. A step leads
+from the id before to this one, modulo 2^18 (2^24); the first of a position is the id itself. Words are stored as
+planes: the lowest byte of each, then the next byte of each, and so on. So what is alike comes together, and compresses
+(`shards.py`). An entropy is one byte, round(255 H / ln V); a log-probability is a float16.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import math
 
 import numpy as np
 
-# bytes per word -> bits of the id; the others are the code's
+# bytes per word -> bits of the step; the others are the code's
 ID_BITS = {3: 18, 5: 24}
 MAX_VOCAB = 1 << ID_BITS[5]
 MAX_CODE = (1 << 8 * 5 - ID_BITS[5]) - 1
@@ -25,21 +27,38 @@ def word_bytes(vocab_size: int, largest_code: int) -> int:
     return 3 if vocab_size <= 1 << ID_BITS[3] and largest_code <= MAX_SHORT_CODE else 5
 
 
-def encode_words(ids: np.ndarray, codes: np.ndarray, size: int) -> bytes:
-    """M words of `size` bytes from ids [M] and codes [M], which must fit: `size` is what `word_bytes` says."""
-    words = ids.astype("<u8") | (codes.astype("<u8") << np.uint64(ID_BITS[size]))
-    return words.view(np.uint8).reshape(-1, 8)[:, :size].tobytes()
+def encode_words(ids: np.ndarray, codes: np.ndarray, first: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [size, M]: the planes of M words of `size` bytes, which is what `word_bytes` says.
+
+    ids [M], codes [M]: must fit. first: int [n], the places in 0..M-1 where a position begins, ascending from 0.
+    """
+    ids = ids.astype(np.int64)
+    steps = ids.copy()
+    steps[1:] -= ids[:-1]
+    steps[first] = ids[first]
+    mask = (1 << ID_BITS[size]) - 1
+    words = (steps & mask | codes.astype(np.int64) << ID_BITS[size]).astype("<u8")
+    return words.view(np.uint8).reshape(-1, 8)[:, :size].T
 
 
-def decode_words(raw: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """ids int32 [M] and codes uint16 [M] from uint8 [M * size]."""
+def decode_words(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """steps uint32 [M] and codes uint16 [M] from the planes, uint8 [size, M]."""
+    size, count = planes.shape
     word = np.dtype("<u4" if size == 3 else "<u8")
-    padded = np.zeros((len(raw) // size, word.itemsize), np.uint8)
-    padded[:, :size] = raw.reshape(-1, size)
+    padded = np.zeros((count, word.itemsize), np.uint8)
+    padded[:, :size] = planes.T
     words = padded.view(word)[:, 0]
     bits = ID_BITS[size]
     mask, shift = word.type((1 << bits) - 1), word.type(bits)
-    return (words & mask).astype(np.int32), (words >> shift).astype(np.uint16)
+    return (words & mask).astype(np.uint32), (words >> shift).astype(np.uint16)
+
+
+def follow(steps: np.ndarray, first: np.ndarray, size: int) -> np.ndarray:
+    """ids int32 [M] from steps uint32 [M]; `first` as in encode_words. Sums may overflow: 2^18, 2^24 divide 2^32."""
+    reached = np.cumsum(steps, dtype=np.uint32)
+    before = reached[first] - steps[first]
+    reached -= np.repeat(before, np.diff(first, append=len(steps)))
+    return (reached & np.uint32((1 << ID_BITS[size]) - 1)).astype(np.int32)
 
 
 def encode_entropy(entropy: np.ndarray, vocab_size: int) -> bytes:

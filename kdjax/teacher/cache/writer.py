@@ -22,7 +22,7 @@ from kdjax.teacher.cache.header import (
     table_bytes,
 )
 from kdjax.teacher.cache.records import RowRecord, encode_row
-from kdjax.teacher.cache.shards import open_shard, pack_shard, shard_name
+from kdjax.teacher.cache.shards import Shard, deflate, open_shard, pack_shard, shard_name
 
 
 def create_or_open(
@@ -105,8 +105,8 @@ class CacheWriter:
     def write(self, shard: int, records: Sequence[RowRecord]) -> int:
         """Write the shard from the records of its rows, in the order of `rows`; returns the size of its file in bytes.
 
-        The file appears whole or not at all, and a damaged one is replaced. If a valid one is there already, it must
-        hold the same bytes.
+        The file appears whole or not at all, and a damaged one is replaced. A valid one that is there already stays;
+        it must say the same, in other bytes if its writer had another zlib.
         Raises ValueError if a record does not fit the header or two writers disagree, OSError if the disk is full.
         """
         rows = self.rows(shard)
@@ -116,22 +116,26 @@ class CacheWriter:
             encode_row(self.header, record, row_id)
             for record, row_id in zip(records, self._table["row_id"][rows].tolist(), strict=True)
         ]
-        content = pack_shard(shard, self._identity, encoded, [record.eligible for record in records])
+        eligible = [record.eligible for record in records]
+        content = pack_shard(shard, self._identity, list(map(deflate, encoded)), eligible)
         target = self.directory / shard_name(shard)
         if not files.publish(target, [content]):
             if self._why_damaged(shard, verify=True):
                 files.publish(target, [content], replace=True)
-            elif target.read_bytes() != content:
+            elif target.read_bytes() != content and not self._open(shard).says(list(map(b"".join, encoded)), eligible):
                 raise ValueError(
-                    f"{target} must be the same whoever writes it, got other bytes from two writers; one of them runs "
+                    f"{target} must be the same whoever writes it, got other rows from two writers; one of them runs "
                     "other code, weights, data or devices. Find out which, delete the file, and run one of them again."
                 )
         self.damaged.pop(shard, None)
         return len(content)
 
+    def _open(self, shard: int) -> Shard:
+        return open_shard(self.directory / shard_name(shard), shard, self.header.rows_in(shard), self._identity)
+
     def _why_damaged(self, shard: int, verify: bool) -> str:
         try:
-            opened = open_shard(self.directory / shard_name(shard), shard, self.header.rows_in(shard), self._identity)
+            opened = self._open(shard)
             if verify:
                 opened.verify()
         except ValueError as error:
