@@ -6,8 +6,8 @@ Command:   python -m launch.curate        --config=configs/se_kd_3x.py --workdir
            python -m launch.evaluate      --workdir=runs/3x
 Hardware:  2 CPU cores, 3 GiB of memory; other models: --config.teacher.path=... --config.student.path=...
              --config.student.init.kind=own --config.data.path=..., as in configs/se_kd.py
-Time:      TODO
-Result:    TODO
+Time:      6 minutes: 2 to score, 1 to cache, 2 to train
+Result:    held-out perplexity from 7e5 to about 270, the teacher's is 25; the cache takes 33 bytes a position
 
 SmolLM2-135M-Instruct (dequantised from Q4_1) into 6 of its 30 layers, on a quarter of a million tokens of the embedded
 World Factbook: the untrained student keeps the 20 % of the rows where it is least certain, the teacher says 50 draws at

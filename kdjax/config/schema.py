@@ -99,7 +99,7 @@ class Cache:
     superset: float = 0.0  # 0: all positions | else only this share of a row's, by the untrained student's entropy
     entropy: bool = True  # keep the teacher's entropy, so that the loss is a KL: 1 byte a position
     label_logp: bool = False  # keep the log-probability of the next token, for signals that need it: 2 bytes a position
-    rows_per_shard: int = 512
+    rows_per_shard: int = 128  # written and resumed as a whole
 
 
 @dataclasses.dataclass(frozen=True)
