@@ -1,8 +1,8 @@
 """The SE-KD paper's table of distillation on GSM8K, off policy: Qwen3-8B into Qwen3-1.7B, a row of it a name.
 
 Command:   python -m launch.train --config=configs/paper/se_kd/gsm8k_qwen3_8b_to_1_7b.py:se_kd --workdir=runs/gsm8k
-             --config.data.path=<the train split as *.jsonl, "text" = question, newline, answer>; before it launch.curate
-             for rows that choose samples, then launch.cache_teacher for rows with teacher.source=cache
+             --config.data.path=<the train split as *.jsonl, "text" = question, newline, answer>; before it
+             launch.curate for rows that choose samples, then launch.cache_teacher for rows with teacher.source=cache
 Hardware:  as qwen3_8b_to_1_7b.py
 Time:      not measured
 Result:    not run here; the paper's figures are with the rows in ROWS: GSM8K accuracy
