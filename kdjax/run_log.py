@@ -60,7 +60,7 @@ class RunLog:
         seconds = max(_drop_after(root / name, last) for name in (METRICS, EVALS))
         self._start -= seconds  # the clock of a resumed run goes on where its last kept line was written
         if config is not None:
-            _replace(root / CONFIG, json.dumps(_strict(config), indent=2) + "\n")
+            write_whole(root / CONFIG, json.dumps(_strict(config), indent=2) + "\n")
         if board is not None:
             self._board = board.SummaryWriter(str(root / "tensorboard"), purge_step=last + 1)
         if wandb_module is not None:
@@ -200,12 +200,13 @@ def _drop_after(path: Path, last: int) -> float:
     """Keep the lines of steps <= `last`; the largest "seconds" among them (0 if none)."""
     kept = [record for record in read_lines(path) if record["step"] <= last]
     if path.exists():
-        _replace(path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
     return max((float(record.get("seconds", 0.0)) for record in kept), default=0.0)
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write all or nothing: a crash leaves the old file or the new one."""
+def write_whole(path: Path, text: str) -> None:
+    """Write all or nothing: a crash leaves the old file or the new one. Folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
     with open(beside, "w", encoding="utf-8") as file:
         file.write(text)
@@ -252,6 +253,6 @@ def _start_wandb(module: Any, root: Path, project: str, config: Mapping[str, Any
     """A W&B run whose id is kept in the workdir, so that a resumed run goes on with the same curves."""
     kept = root / "wandb_run_id"
     if not (resumed and kept.exists()):
-        _replace(kept, uuid.uuid4().hex[:8])
+        write_whole(kept, uuid.uuid4().hex[:8])
     settings = dict(config) if config is not None else None
     return module.init(project=project, dir=str(root), id=kept.read_text(), resume="allow", config=settings)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from kdjax.run_log import write_whole
 from launch import app
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ def write_config(folder: Path, made: "Experiment") -> Path:
 
     path = folder / "config.py"
     command = f"python -m launch.train --config={path.name} --workdir=."
-    write_text(path, config_file(made, command))
+    write_whole(path, config_file(made, command))
     return path
 
 
@@ -325,28 +326,17 @@ def report(study: "Study", workdir: Path, config: Path) -> None:
     notes = study_table.notes_on(records)
     teacher = records[0]["teacher"] if records else None
     text = study_table.text(f"Study {study.name}", arms, study.reference, teacher, missing, [*notes, f"`{command}`"])
-    write_text(workdir / "table.md", text)
+    write_whole(workdir / "table.md", text)
     write_json(workdir / "results.json", results(study, records, missing, arms))
     if records:
         page = study_page.render(study, records, arms, missing, notes, command)
-        write_text(workdir / "report.html", page)
+        write_whole(workdir / "report.html", page)
     print(f"\n{text}\nfiles: {workdir}/table.md, results.json, report.html")
 
 
 def write_json(path: Path, value: Any) -> None:
     """Strict JSON, all or nothing."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """All or nothing: a crash leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def _plan_of(study: "Study", workdir: Path, run: "Run") -> str:

@@ -6,12 +6,11 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
+from kdjax.run_log import write_whole
 from launch import app
 
 flags.DEFINE_string("workdir", None, "The directory of a run.")
@@ -41,15 +40,8 @@ def main() -> None:
     print(f"{workdir}, step {step}")
     print(table(before, after))
     if flags.FLAGS.out is not None:
-        _write(Path(flags.FLAGS.out), {"step": step, "before": before, "after": after})
-
-
-def _write(path: Path, found: dict[str, Any]) -> None:
-    """All or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+        found = {"step": step, "before": before, "after": after}
+        write_whole(Path(flags.FLAGS.out), json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

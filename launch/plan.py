@@ -5,12 +5,12 @@ as a JSON file.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from kdjax.run_log import write_whole
 from launch import app
 
 if TYPE_CHECKING:
@@ -30,11 +30,7 @@ def main() -> None:
     for name, value in found.items():
         print(f"{name.replace('_', ' '):28}{value:>16,}")
     if flags.FLAGS.out is not None:
-        path = Path(flags.FLAGS.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".tmp")
-        beside.write_text(json.dumps(found) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        write_whole(Path(flags.FLAGS.out), json.dumps(found) + "\n")
 
 
 def data_figures(experiment: "Experiment") -> dict[str, int]:

@@ -14,7 +14,7 @@ from kdjax.curation.samples import (
     reusable,
     write_samples,
 )
-from kdjax.curation.scores import SCORES, Score, Scorer, agreement, keep, make_scorer, overlap, rescore, score_rows
+from kdjax.curation.scores import SCORES, Score, Scorer, agreement, keep, make_scorer, overlap
 
 __all__ = [
     "SCORES",
@@ -31,8 +31,6 @@ __all__ = [
     "overlap",
     "params_fingerprint",
     "positions_of",
-    "rescore",
     "reusable",
-    "score_rows",
     "write_samples",
 ]

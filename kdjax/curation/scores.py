@@ -64,21 +64,6 @@ SCORES: dict[str, Score] = {
 }
 
 
-def score_rows(
-    student: LanguageModel,
-    teacher: LanguageModel | None,
-    student_params: Params,
-    teacher_params: Params,
-    rows: Rows,
-    samples: config.Samples,
-    rules: Rules = Rules(),
-    batch_size: int = 8,
-    on_batch: OnBatch | None = None,
-) -> np.ndarray:
-    """Scores of all rows, float64 [R]: `make_scorer` used once."""
-    return make_scorer(student, teacher, samples, rules, batch_size)(student_params, teacher_params, rows, on_batch)
-
-
 def make_scorer(
     student: LanguageModel,
     teacher: LanguageModel | None,
@@ -214,22 +199,6 @@ def agreement(full: Float[np.ndarray, "R"], estimate: Float[np.ndarray, "R"], fr
     varied = usable.sum() > 1 and np.ptp(first) > 0 and np.ptp(second) > 0
     spearman = float(np.corrcoef(first, second)[0, 1]) if varied else math.nan
     return {"spearman": spearman, "overlap": overlap(keep(full, fraction), keep(estimate, fraction))}
-
-
-def rescore(
-    scorer: Scorer,
-    student_params: Params,
-    teacher_params: Params,
-    rows: Rows,
-    fraction: float,
-    previous: Int[np.ndarray, "K"],
-) -> tuple[np.ndarray, float]:
-    """(kept, overlap): the rows that the student as it is now would keep, and the share of `previous` among them.
-
-    rows: all rows of the training text, not only those kept so far. scorer: of `make_scorer`, made once per run.
-    """
-    kept = keep(scorer(student_params, teacher_params, rows), fraction)
-    return kept, overlap(previous, kept)
 
 
 def _in_order(step: ScoreStep, student_params: Params, teacher_params: Params, batches: Iterator[Batch]) -> Any:

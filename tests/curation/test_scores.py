@@ -14,7 +14,7 @@ import pytest
 import scipy.stats
 
 from kdjax.config import Samples
-from kdjax.curation import SCORES, agreement, keep, make_scorer, overlap, rescore, score_rows
+from kdjax.curation import SCORES, agreement, keep, make_scorer, overlap
 from kdjax.curation.scores import make_score_step
 from kdjax.data import heldout_batches, take, to_batch
 from kdjax.data.packing import eligible
@@ -27,8 +27,8 @@ ROUNDING = 1e-6
 
 def score(small, name="student_entropy", rows=None, batch_size=8, rules=Rules(), **samples):
     rows = small.rows if rows is None else rows
-    sides = (small.model, small.model, small.student, small.teacher)
-    return score_rows(*sides, rows, Samples(score=name, **samples), rules, batch_size)
+    scorer = make_scorer(small.model, small.model, Samples(score=name, **samples), rules, batch_size)
+    return scorer(small.student, small.teacher, rows)
 
 
 # --- values
@@ -80,7 +80,7 @@ def test_eight_devices_score_as_one(small, name, preset):
         {key: jax.device_put(a, jax.NamedSharding(rules.mesh, specs[key])) for key, a in p.items()} for p in params
     ]
     samples = Samples(score=name, positions=0.5, seed=3)
-    found = score_rows(model, model, *placed, small.rows, samples, rules, 16)
+    found = make_scorer(model, model, samples, rules, 16)(*placed, small.rows)
     np.testing.assert_allclose(found, score(small, name, positions=0.5, seed=3), rtol=ROUNDING)
 
 
@@ -171,10 +171,11 @@ def test_progress_counts_rows_and_tokens(small):
 def test_scoring_again_keeps_other_rows_and_says_how_many_stay(small):
     scorer = make_scorer(small.model, None, Samples(), batch_size=8)
     first = keep(scorer(small.student, (), small.rows), 0.3)
-    again, share = rescore(scorer, small.student, (), small.rows, 0.3, first)
+    again = keep(scorer(small.student, (), small.rows), 0.3)
     np.testing.assert_array_equal(again, first)
-    assert share == 1
-    other, share = rescore(scorer, small.make_params(5), (), small.rows, 0.3, first)
+    assert overlap(first, again) == 1
+    other = keep(scorer(small.make_params(5), (), small.rows), 0.3)
+    share = overlap(first, other)
     assert len(other) == len(first) == 6
     assert share == len(set(other.tolist()) & set(first.tolist())) / 6 < 1
 
@@ -210,7 +211,7 @@ def test_scores_that_are_not_finite_are_refused_by_row(small):
     shown = ", ".join(map(str, hit[:5])) + f" and {len(hit) - 5} more"
     message = f"samples.score must be finite, got 'student_entropy' that is not in the rows {shown} of the training"
     with pytest.raises(ValueError, match="^" + re.escape(message)):
-        score_rows(small.model, None, broken, (), small.rows, Samples())
+        make_scorer(small.model, None, Samples())(broken, (), small.rows)
 
 
 def test_no_rows_are_refused(small):
