@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 Declines = Callable[..., str | None]
 
 # Per platform, best first; an op without an entry of that name goes on to the next. "reference" is never a default.
-ORDER = {"cpu": ("xla",), "tpu": ("pallas_tpu", "xla"), "gpu": ("pallas_gpu", "xla")}
+ORDER = {"cpu": ("xla",), "tpu": ("pallas_tpu", "xla"), "gpu": ("pallas_gpu", "cudnn", "xla")}
 
 _warned: set[str] = set()
 

@@ -17,6 +17,7 @@ TINY = Shape(40, 300, Side(24, padding=5), Side(12, tied=False, soft_cap=3.0), e
 
 def test_every_op_is_enrolled():
     folders = {path.parent.name for path in pathlib.Path(kernels.__path__[0]).glob("*/reference.py")}
+    folders.remove("attention")  # over keys: its shapes are in tests/aot/test_attention.py
     assert {case.module.__name__.rpartition(".")[2] for case in shapes.CASES.values()} == folders
     assert {op.partition("+")[0] for op in shapes.CASES} == set(naive.NAIVE)
     for op, case in shapes.CASES.items():
