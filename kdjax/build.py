@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from kdjax.curation import Basis, basis, kept_rows
 from kdjax.data import LoadedData, Rows, ids_in, load_data
 from kdjax.losses import LOSSES
 from kdjax.losses.objective import Objective
-from kdjax.models import ModelConfig, prune
+from kdjax.models import ModelConfig, flax_models, prune
 from kdjax.models import tokenizer as tokenizers
 from kdjax.models.io import LoadedModel, fingerprint, load_config, load_model
 from kdjax.optim import make_optimiser
@@ -71,21 +72,24 @@ def build(experiment: Experiment, workdir: Path | None = None, *, live_teacher: 
     live_teacher: load the teacher even where a cache speaks for it, to evaluate or to write that cache.
     What is quick comes first: a misspelt name or a damaged text is said before gigabytes of weights are read.
     """
-    rules = make_rules(experiment.mesh.preset, experiment.mesh.devices, experiment.mesh.kernels)
-    _check_rows(experiment, rules)
+    rules = make_rules(experiment.mesh)
+    check_rows(experiment, rules)
     _check_paths(experiment)
     _named_parts(experiment)
     tokenizer = _load_tokenizer(experiment)
     data = load_data(experiment.data, tokenizer)
     cached = experiment.teacher.source == "cache" and not live_teacher
-    teacher = None if cached else _load_teacher(experiment, rules)
+    teacher = None if cached else _load_teacher(experiment, rules.of_preset(experiment.teacher.preset))
     teacher_cfg = _teacher_config(experiment, teacher)
     cfg, params, source = _load_student(experiment, teacher, rules)
     _check_tokenizers(experiment, tokenizer, teacher_cfg, cfg)
     _check_ids(data, cfg, teacher_cfg)
+    if experiment.data.packing == "pack":
+        for name, side in (("student", cfg), ("teacher", None if cached else teacher_cfg)):
+            flax_models.check_packing(side, f"{name}.path")
     parts = build_parts(experiment, cfg, teacher_cfg, rules, cached=cached)
     vocab = _vocabulary(cfg, teacher_cfg)
-    built = Built(experiment, rules, parts, teacher, cfg, params, source, tokenizer, data, data.train, vocab)
+    built = Built(experiment, parts.rules, parts, teacher, cfg, params, source, tokenizer, data, data.train, vocab)
     if workdir is None:
         return built
     if experiment.samples.fraction < 1:
@@ -154,15 +158,19 @@ def build_parts(
     chooser, objective, optimiser, rate = _named_parts(e)
     vocab = _vocabulary(student_cfg, teacher_cfg)
     compute = registry.lookup(DTYPES, e.student.compute_dtype, "student.compute_dtype")
-    student = language_model(student_cfg, rules, vocab, compute, e.student.remat)
+    of_teacher = rules.of_preset(e.teacher.preset)
+    # The finer cut of the rows is also one for the coarser: hidden states get there without communication.
+    rows = of_teacher if rules.preset.tensor and teacher_cfg is not None and not cached else rules
+    student = language_model(student_cfg, rules, vocab, compute, e.student.remat, rows=rows)
     teacher = None
     if teacher_cfg is not None and not cached:
-        teacher = language_model(teacher_cfg, rules, vocab, registry.lookup(DTYPES, e.teacher.dtype, "teacher.dtype"))
+        dtype = registry.lookup(DTYPES, e.teacher.dtype, "teacher.dtype")
+        teacher = language_model(teacher_cfg, of_teacher, vocab, dtype, rows=rows)
     classes = None if e.classes.kind == "all" else make_class_sampler(e.classes, vocab)
     if cached:
         check_cached(e, chooser)
     return StepParts(
-        student, teacher, chooser, objective, optimiser, rate, rules, e.train.accumulate, classes, cached=cached
+        student, teacher, chooser, objective, optimiser, rate, rows, e.train.accumulate, classes, cached=cached
     )
 
 
@@ -205,22 +213,26 @@ def build_objective(config: schema.Loss) -> Objective:
 
 
 def language_model(
-    cfg: ModelConfig, rules: Rules, vocab: int, compute_dtype: Any, remat: str = "none"
+    cfg: ModelConfig,
+    rules: Rules,
+    vocab: int,
+    compute_dtype: Any,
+    remat: str = "none",
+    rows: Rules | None = None,
 ) -> LanguageModel:
-    """One of our models as the step sees it, its head cut to the `vocab` columns that both sides have."""
+    """One of our models as the step sees it, its head cut to the `vocab` columns that both sides have.
+
+    rows: how the step splits rows, if that is another way than the model's own; hidden states are brought there.
+    Raises ValueError if tensor parallelism does not divide the model.
+    """
+    split_rows = rules if rows is None else rows
     spec = models.param_specs(cfg)["embed" if cfg.tied else "head"]
+    models.abstract_params(cfg, rules)  # says what does not divide
 
     def hidden(params: Params, batch: Batch) -> Array:
-        return models.hidden(
-            cfg,
-            params,
-            batch.tokens,
-            batch.segment_ids,
-            batch.positions,
-            rules=rules,
-            compute_dtype=compute_dtype,
-            remat=remat,
-        )
+        inputs = [rules.reshard(a, rules.batch_spec(2)) for a in (batch.tokens, batch.segment_ids, batch.positions)]
+        found = models.hidden(cfg, params, *inputs, rules=rules, compute_dtype=compute_dtype, remat=remat)
+        return split_rows.reshard(found, split_rows.batch_spec(3))
 
     def head(params: Params) -> Head:
         return dataclasses.replace(models.head(cfg, params, compute_dtype=compute_dtype), vocab_size=vocab)
@@ -263,6 +275,7 @@ def _teacher_config(experiment: Experiment, teacher: LoadedModel | None) -> Mode
 def _load_student(experiment: Experiment, teacher: LoadedModel | None, rules: Rules) -> tuple[ModelConfig, Params, str]:
     """(config, float32 parameters, what they are in words)."""
     config = experiment.student
+    flax_models.refuse_init(config.init.kind, config.path if config.init.kind == "random" else experiment.teacher.path)
     if config.init.kind == "cut":
         layers = (load_config(experiment.teacher.path) if teacher is None else teacher.cfg).layers
         keep = config.init.keep or prune.default_keep(layers, config.init.layers)
@@ -273,7 +286,12 @@ def _load_student(experiment: Experiment, teacher: LoadedModel | None, rules: Ru
             cfg, params = part.cfg, part.params
         else:
             cfg, params = prune.cut(teacher.cfg, teacher.params, keep)
-        return cfg, jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), params), source
+        masters = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), params)
+        if rules.mesh is not None:  # the teacher may be spread in another way
+            masters = jax.tree.map(
+                lambda a, like: jax.device_put(a, like.sharding), masters, models.abstract_params(cfg, rules)
+            )
+        return cfg, masters, source
     if config.init.kind == "random":
         cfg = load_config(config.path, where="student.path")
         params = models.init_params(cfg, jax.random.key(experiment.train.seed), rules)
@@ -359,10 +377,12 @@ def check_cached(e: Experiment, chooser: Chooser) -> None:
             )
 
 
-def _check_rows(experiment: Experiment, rules: Rules) -> None:
+def check_rows(experiment: Experiment, rules: Rules) -> None:
+    """Raises ValueError if the rows of a micro-batch cannot be shared out evenly."""
     rows = experiment.train.batch_size // experiment.train.accumulate
-    if rows % rules.batch_shards:
+    shards = math.lcm(rules.batch_shards, rules.of_preset(experiment.teacher.preset).batch_shards)
+    if rows % shards:
         raise ValueError(
-            f"train.batch_size / train.accumulate must be a multiple of the mesh's {rules.batch_shards} devices, got "
-            f"{rows}; each device takes the same number of rows. Change train.batch_size or mesh.devices."
+            f"train.batch_size / train.accumulate must be a multiple of the {shards} parts that the mesh cuts a batch "
+            f"into, got {rows}; each takes the same number of rows. Change train.batch_size or mesh.shape."
         )

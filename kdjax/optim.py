@@ -23,10 +23,10 @@ def make_optimiser(config: Optim, steps: int) -> tuple[optax.GradientTransformat
 
 
 def decayed(params: Params) -> Any:
-    """True for matrices and embeddings, False for norm scales ('*norm') and biases ('b*')."""
+    """True for matrices and embeddings, False for vectors, norm scales ('*norm', 'scale') and biases ('b*')."""
 
     def decide(path: tuple, leaf: Any) -> bool:
         name = str(getattr(path[-1], "key", path[-1]))
-        return not (name.endswith("norm") or name.startswith("b"))
+        return leaf.ndim > 1 and not (name.endswith(("norm", "scale")) or name.startswith("b"))
 
     return jax.tree_util.tree_map_with_path(decide, params)

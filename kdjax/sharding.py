@@ -1,40 +1,52 @@
 """Meshes, logical axes and what each preset does with them.
 
-Every array is declared with logical axes ("embed", "heads", "vocab", ...). A preset says on which mesh axis each of
-them is *stored*. Computation follows one rule in all presets so far: weights are gathered where they are used (per
-layer, inside the scan), activations are split along the batch. Meshes have Explicit axes: shardings are part of the
-types, so a missing or doubtful one is an error at trace time and not a silent copy.
+Every array is declared with logical axes ("embed", "heads", "vocab", ...). Mesh axes have fixed names:
+  replica  the batch is split over it, parameters are repeated: slices that are joined by a slow network
+  data     the batch is split over it, and with fsdp the parameters at rest
+  model    with tensor parallelism: heads, the inner width of the MLP and the vocabulary, at rest and at their use
+Without tensor parallelism `model` is one more axis of data, so that a teacher and a student of different presets can
+share a mesh. What fsdp splits is gathered where it is used (per layer, inside the scan); what tensor parallelism splits
+stays split, and partial sums are added up. Meshes have Explicit axes: shardings are part of the types, so a missing or
+doubtful one is an error at trace time and not a silent copy.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdjax import registry
+from kdjax import config, registry
 from kdjax.types import Array, Head
 
-DATA = "data"  # the one mesh axis of these presets
+REPLICA, DATA, MODEL = AXES = ("replica", "data", "model")
+FSDP_AXES = ("embed", "vocab", "mlp", "heads")  # the first of a parameter's axes that is here and divides is split
+TENSOR_AXES = ("vocab", "mlp", "heads", "kv_heads")
+
+Side = tuple[Array, Head]  # hidden [B, T, D] and the head
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """store: logical axis -> mesh axis for parameters (and with them gradients and optimiser state)."""
+    """fsdp: parameters, gradients and optimiser are split over data. tensor: the work of a row is split over model."""
 
-    store: dict[str, str]
+    fsdp: bool = False
+    tensor: bool = False
     one_device: bool = False
 
 
 PRESETS: dict[str, Preset] = {
-    "single": Preset({}, one_device=True),
-    "dp": Preset({}),
-    # The first axis of a parameter that is listed and divides evenly is split; the rest stays whole.
-    "fsdp": Preset({"embed": DATA, "vocab": DATA, "mlp": DATA, "heads": DATA}),
+    "single": Preset(one_device=True),
+    "dp": Preset(),
+    "fsdp": Preset(fsdp=True),
+    "tp": Preset(tensor=True),
+    "fsdp_tp": Preset(fsdp=True, tensor=True),
 }
 
 
@@ -42,21 +54,55 @@ PRESETS: dict[str, Preset] = {
 class Rules:
     """How logical axes map to the mesh. With `mesh=None` (single-device code, tests) every method is the identity.
 
-    kernels: the implementation of all vocabulary kernels; None = the default of the platform (`kdjax.kernels`).
+    kernels: the implementation of all vocabulary kernels, attention: that of attention; None = the default of the
+    platform (`kdjax.kernels`). sequence: with tensor parallelism, activations between blocks are split along T.
     """
 
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None
     preset: Preset = PRESETS["single"]
     kernels: str | None = None
+    attention: str | None = None
+    sequence: bool = False
+
+    @property
+    def batch_axes(self) -> tuple[str, ...]:
+        """The mesh axes over which rows are split, outermost first."""
+        if self.mesh is None:
+            return ()
+        return tuple(name for name in self.mesh.axis_names if not (name == MODEL and self.preset.tensor))
+
+    @property
+    def batch_shards(self) -> int:
+        """Into how many parts the batch axis is cut."""
+        return self._size(self.batch_axes)
+
+    @property
+    def model_shards(self) -> int:
+        """Into how many parts tensor parallelism cuts heads, MLP and vocabulary."""
+        return self.mesh.shape[MODEL] if self.mesh is not None and self.preset.tensor else 1
+
+    def of_preset(self, name: str) -> Rules:
+        """The same mesh under another preset; "" = under this one."""
+        if not name or self.mesh is None:
+            return self
+        return dataclasses.replace(self, preset=registry.lookup(PRESETS, name, "teacher.preset"))
 
     def storage_spec(self, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> P:
-        """PartitionSpec of a parameter at rest: its first listed axis whose size the mesh axis divides."""
-        spec: list[str | None] = [None] * len(axes)
-        if self.mesh is not None:
+        """PartitionSpec of a parameter at rest. Raises ValueError if tensor parallelism does not divide it."""
+        spec: list[Any] = [None] * len(axes)
+        if self.mesh is None:
+            return P(*spec)
+        if self.preset.tensor:
             for at, (axis, size) in enumerate(zip(axes, shape, strict=True)):
-                target = self.preset.store.get(axis) if axis else None
-                if target and size % self.mesh.shape[target] == 0:
-                    spec[at] = target
+                if axis in TENSOR_AXES:
+                    self._check_divides(axis, size)
+                    spec[at] = MODEL
+                    break
+        if self.preset.fsdp:
+            split = tuple(name for name in self.batch_axes if name != REPLICA)
+            for at, (axis, size) in enumerate(zip(axes, shape, strict=True)):
+                if axis in FSDP_AXES and spec[at] is None and split and size % self._size(split) == 0:
+                    spec[at] = _entry(split)
                     break
         return P(*spec)
 
@@ -64,20 +110,61 @@ class Rules:
         return None if self.mesh is None else NamedSharding(self.mesh, self.storage_spec(axes, shape))
 
     def gather(self, weight: Array) -> Array:
-        """The whole of a stored weight, at the place of its use; its gradient goes back as it is stored."""
-        return weight if self.mesh is None else jax.sharding.reshard(weight, NamedSharding(self.mesh, P()))
+        """A stored weight at the place of its use: whole but for what stays split over model.
+
+        Its gradient goes back as it is stored.
+        """
+        if self.mesh is None:
+            return weight
+        stored = jax.typeof(weight).sharding.spec
+        kept = [MODEL if self.preset.tensor and name == MODEL else None for name in stored]
+        return self.reshard(weight, P(*kept))
+
+    def reshard(self, array: Array, spec: P) -> Array:
+        return array if self.mesh is None else jax.sharding.reshard(array, NamedSharding(self.mesh, spec))
 
     def batch_spec(self, ndim: int) -> P:
         """Batch-major activations and inputs: split along the first axis."""
-        return P(DATA, *[None] * (ndim - 1))
+        return P(_entry(self.batch_axes), *[None] * (ndim - 1))
 
     def batch(self, ndim: int) -> NamedSharding | None:
         return None if self.mesh is None else NamedSharding(self.mesh, self.batch_spec(ndim))
 
     @property
-    def batch_shards(self) -> int:
-        """Into how many parts the batch axis is cut."""
-        return 1 if self.mesh is None else self.mesh.shape[DATA]
+    def residual(self) -> P:
+        """Activations [B, T, D] between blocks."""
+        along = MODEL if self.sequence and self.preset.tensor else None
+        return P(_entry(self.batch_axes), along, None)
+
+    @property
+    def heads_spec(self) -> P:
+        """Queries, keys and values [B, T, N, H]."""
+        return P(_entry(self.batch_axes), None, MODEL if self.preset.tensor else None, None)
+
+    @property
+    def summed(self) -> NamedSharding | None:
+        """Of a product [B, T, D] whose inner axis is split over model, so that parts are added up; else None."""
+        if self.mesh is None or not self.preset.tensor:
+            return None
+        return NamedSharding(self.mesh, self.residual)
+
+    def embed(self, table: Array, tokens: Array) -> Array:
+        """The rows [B, T, D] of table [V, D] at tokens [B, T]; ids outside of it give nan."""
+        whole = self.gather(table)
+        if self.model_shards == 1:
+            return whole.at[tokens].get(mode="fill", wrap_negative_indices=False, out_sharding=self.batch(3))
+        size, limit = table.shape[0] // self.model_shards, table.shape[0]
+
+        def local(part: Array, ids: Array) -> Array:
+            own = ids - jax.lax.axis_index(MODEL) * size
+            inside = (own >= 0) & (own < size)
+            rows = jax.numpy.where(inside[:, :, None], part[jax.numpy.where(inside, own, 0)], 0)
+            rows = jax.lax.psum(rows, MODEL)
+            valid = (ids >= 0) & (ids < limit)
+            return jax.numpy.where(valid[:, :, None], rows, jax.numpy.nan)
+
+        found = self.rowwise(local, (P(MODEL, None), self.batch_spec(2)), self.batch_spec(3))(whole, tokens)
+        return self.reshard(found, self.residual)
 
     def rowwise(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """`function` on each device's own rows (kernels see plain arrays); without a mesh the function itself."""
@@ -85,40 +172,141 @@ class Rules:
             return function
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    def gather_head(self, head: Head, spec: P) -> Head:
-        """Inside `rowwise`: the whole head from this device's part of it; its gradient is reduce-scattered back."""
-        for axis, name in enumerate(spec):
-            if name is not None:
-                head = dataclasses.replace(head, weight=jax.lax.all_gather(head.weight, name, axis=axis, tiled=True))
-        return head
+    def with_heads(self, sides: Sequence[Side], specs: Sequence[tuple[P, P]]) -> list[Side]:
+        """Inside `rowwise`: the sides with heads as kernels take them, from this device's part of each.
+
+        specs: (of the hidden states, of the head's weight as it is stored) per side. Columns that tensor parallelism
+        splits stay so if all sides have the same ones on a device; all else is gathered, and gradients are
+        reduce-scattered back.
+        """
+        columns = [(0 if head.vocab_major else 1) for _, head in sides]
+        widths = {head.weight.shape[at] for (_, head), at in zip(sides, columns, strict=True)}
+        split = (
+            self.preset.tensor
+            and len(widths) == 1
+            and all(spec[at] == MODEL for (_, spec), at in zip(specs, columns, strict=True))
+        )
+        found = []
+        for (hidden, head), (_, spec), at in zip(sides, specs, columns, strict=True):
+            weight = head.weight
+            for axis, names in enumerate(spec):
+                if names is not None and not (split and axis == at):
+                    # Axis by axis, innermost first: the TPU compiler keeps the reduce-scatters of the gradient then.
+                    for name in reversed(names if isinstance(names, tuple) else (names,)):
+                        weight = jax.lax.all_gather(weight, name, axis=axis, tiled=True)
+            found.append((hidden, dataclasses.replace(head, weight=weight, vocab_axis=MODEL if split else None)))
+        return found
 
     def all_rows(self, array: Array) -> Array:
         """Inside `rowwise`: the rows of all devices, from this device's."""
-        return array if self.mesh is None else jax.lax.all_gather(array, DATA, axis=0, tiled=True)
+        return jax.lax.all_gather(array, self.batch_axes, axis=0, tiled=True) if self.batch_axes else array
 
     def own_rows(self, array: Array) -> Array:
         """Inside `rowwise`: this device's rows of all devices'."""
-        if self.mesh is None:
+        if not self.batch_axes:
             return array
         size = array.shape[0] // self.batch_shards
-        return jax.lax.dynamic_slice_in_dim(array, jax.lax.axis_index(DATA) * size, size)
+        return jax.lax.dynamic_slice_in_dim(array, jax.lax.axis_index(self.batch_axes) * size, size)
 
     def sum_over_batch(self, tree: Any) -> Any:
         """Inside `rowwise`: sums of the devices' sums."""
-        return tree if self.mesh is None else jax.lax.psum(tree, DATA)
+        return jax.lax.psum(tree, self.batch_axes) if self.batch_axes else tree
+
+    def _size(self, names: tuple[str, ...]) -> int:
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[name] for name in names)
+
+    def _check_divides(self, axis: str, size: int) -> None:
+        if size % self.model_shards:
+            fitting = [str(n) for n in range(1, min(size, 64) + 1) if size % n == 0]
+            raise ValueError(
+                f"mesh.shape must have a model axis that divides the {size} of {axis!r}, got model:"
+                f"{self.model_shards}; tensor parallelism gives each device the same share. Set model to one of "
+                f"{', '.join(fitting)}."
+            )
 
 
-def make_rules(preset: str, devices: int = 0, kernels: str = "auto") -> Rules:
-    """The mesh and rules of a preset over the first `devices` devices (0 = all); single takes one and no mesh."""
-    implementation = None if kernels == "auto" else kernels
-    entry = registry.lookup(PRESETS, preset, "mesh.preset")
-    if entry.one_device:
-        return Rules(kernels=implementation)
-    available = jax.device_count()
-    if devices > available:
+def make_rules(mesh: config.Mesh, devices: Sequence[Any] | None = None) -> Rules:
+    """The mesh and rules of mesh.preset and mesh.shape; single takes one device and no mesh.
+
+    devices: of which the mesh is made, compile-only ones too; None = the first that JAX sees. Raises ValueError for a
+    shape that does not fit preset or devices; it names the number to change.
+    """
+    preset = registry.lookup(PRESETS, mesh.preset, "mesh.preset")
+    kernels, attention = (None if name == "auto" else name for name in (mesh.kernels, mesh.attention))
+    if preset.one_device:
+        if mesh.shape:
+            raise ValueError(
+                f"mesh.shape must be '' with mesh.preset='single', got {mesh.shape!r}. Set another preset."
+            )
+        return Rules(kernels=kernels, attention=attention)
+    available = list(jax.devices() if devices is None else devices)
+    sizes = _sizes(mesh, preset, len(available))
+    count = math.prod(sizes.values())
+    if count > len(available) or (devices is not None and count != len(available)):
         raise ValueError(
-            f"mesh.devices must be at most the {available} that JAX sees, got {devices}. Set it to 0 for all."
+            f"mesh.shape must be made of the {len(available)} devices that are there, got {mesh.shape!r} with {count}. "
+            "Change one of its sizes; -1 takes what is left."
         )
-    count = devices or available
-    mesh = jax.make_mesh((count,), (DATA,), axis_types=(AxisType.Explicit,), devices=jax.devices()[:count])
-    return Rules(mesh, entry, implementation)
+    if jax.process_count() > 1 and count != len(available):
+        raise ValueError(
+            f"mesh.shape must take all {len(available)} devices of the {jax.process_count()} processes, got "
+            f"{mesh.shape!r} with {count}; a process without a part would have nothing to do. Change one of its sizes."
+        )
+    return Rules(_grid(sizes, available[:count]), preset, kernels, attention, mesh.sequence)
+
+
+def _grid(sizes: dict[str, int], devices: list[Any]) -> jax.sharding.Mesh:
+    """The devices as a mesh; of several slices, the first axis goes over them, so that the others stay within one."""
+    shape, types = tuple(sizes.values()), (AxisType.Explicit,) * len(sizes)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, tuple(sizes), axis_types=types, devices=devices)
+    if shape[0] % slices:
+        name = next(iter(sizes))
+        raise ValueError(
+            f"mesh.shape must have a first axis that the {slices} slices divide, got {name}:{shape[0]}; only its "
+            f"traffic fits the network between them. Start it with 'replica:{slices}'."
+        )
+    inner = (shape[0] // slices, *shape[1:])
+    outer = (slices, *[1] * (len(shape) - 1))
+    return jax.sharding.Mesh(
+        mesh_utils.create_hybrid_device_mesh(inner, outer, devices), tuple(sizes), axis_types=types
+    )
+
+
+def _sizes(mesh: config.Mesh, preset: Preset, available: int) -> dict[str, int]:
+    """Axis -> size, from "data:4,model:-1"; "" = all devices along data, or along model with tp."""
+    if not mesh.shape:
+        if preset.tensor and preset.fsdp:
+            raise ValueError(
+                f"mesh.shape must be set with mesh.preset={mesh.preset!r}, got ''. Set for example "
+                f"'data:{max(1, available // 2)},model:{min(2, available)}' on {available} devices."
+            )
+        return {MODEL if preset.tensor else DATA: available}
+    sizes: dict[str, int] = {}
+    for part in mesh.shape.split(","):
+        name, _, size = part.strip().partition(":")
+        if name not in AXES or name in sizes or not size.removeprefix("-").isdecimal() or int(size) < -1 or size == "0":
+            raise ValueError(
+                f"mesh.shape must be sizes of {', '.join(AXES)}, each once, such as 'data:4,model:4', got "
+                f"{mesh.shape!r}; {part.strip()!r} is none."
+            )
+        sizes[name] = int(size)
+    if preset.tensor and MODEL not in sizes:
+        raise ValueError(
+            f"mesh.shape must have a model axis with mesh.preset={mesh.preset!r}, got {mesh.shape!r}. Add 'model:2', "
+            "or set mesh.preset='fsdp'."
+        )
+    given = math.prod(size for size in sizes.values() if size > 0)
+    open_ = [name for name, size in sizes.items() if size < 0]
+    if len(open_) > 1 or (open_ and available % given):
+        raise ValueError(
+            f"mesh.shape must have one -1 at most, and its other sizes must divide the {available} devices, got "
+            f"{mesh.shape!r}. Change one of its sizes."
+        )
+    return {name: available // given if size < 0 else size for name, size in sizes.items() if name in AXES}
+
+
+def _entry(names: tuple[str, ...]) -> Any:
+    """The entry of a PartitionSpec for mesh axes: None, a name, or a tuple of them."""
+    return None if not names else names[0] if len(names) == 1 else names

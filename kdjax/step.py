@@ -60,6 +60,11 @@ class LanguageModel:
     head_spec: P = P()
 
 
+def side_specs(model: LanguageModel, rules: Rules) -> tuple[P, P]:
+    """How (hidden states, weight of the head) of a model enter `rules.rowwise`."""
+    return rules.batch_spec(3), model.head_spec
+
+
 @dataclasses.dataclass(frozen=True)
 class StepParts:
     """All that `make_train_step` composes; built in build.py.
@@ -169,13 +174,13 @@ def make_supervise(parts: StepParts) -> Callable[[Params, Params, Batch, Any, Ar
     ) -> Supervised:
         student = parts.student.hidden(params, batch), parts.student.head(params)
         row = rules.batch_spec
-        specs: list[Any] = [(row(3), parts.student.head_spec), None]
+        specs: list[Any] = [side_specs(parts.student, rules), None]
         teacher = None
         if teacher_model is not None:
             teacher = lax.stop_gradient(
                 (teacher_model.hidden(teacher_params, batch), teacher_model.head(teacher_params))
             )
-            specs[1] = (row(3), teacher_model.head_spec)
+            specs[1] = side_specs(teacher_model, rules)
         batch_spec = jax.tree.map(lambda a: row(a.ndim), batch)
         local = rules.rowwise(
             functools.partial(_supervise_rows, parts),
@@ -193,9 +198,11 @@ def _supervise_rows(
 ) -> Supervised:
     """Behind the trunks, for the rows of one device; the sums over all devices come out."""
     rules = parts.rules
-    hidden, head = student[0], rules.gather_head(student[1], parts.student.head_spec)
-    if teacher is not None and parts.teacher is not None:
-        teacher = (teacher[0], rules.gather_head(teacher[1], parts.teacher.head_spec))
+    sides = [(student, parts.student)] + (
+        [] if parts.teacher is None or teacher is None else [(teacher, parts.teacher)]
+    )
+    whole = rules.with_heads([side for side, _ in sides], [side_specs(model, rules) for _, model in sides])
+    (hidden, head), teacher = whole[0], whole[1] if len(whole) > 1 else None
     labels, eligible = targets_of(batch)
     needs = parts.chooser.needs
     known = cached_stats(batch.teacher, needs)

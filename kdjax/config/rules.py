@@ -100,8 +100,8 @@ RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "checkpoint.every": (*_at_least(1), "it is a number of steps"),
     "checkpoint.keep": (*_at_least(1), "the newest checkpoint is what a run resumes from"),
     "checkpoint.keep_best": _OR_OFF,
-    "mesh.devices": (*_at_least(0), "0 means all"),
     "mesh.kernels": (*_one_of("auto", "xla", "pallas_tpu", "pallas_gpu", "reference"), "see kdjax/kernels"),
+    "mesh.attention": (*_one_of("auto", "xla", "pallas_tpu", "cudnn", "reference"), "see kdjax/kernels/attention"),
 }
 
 

@@ -20,9 +20,10 @@ class StudentInit:
 class Teacher:
     """The model that is distilled."""
 
-    path: str = ""  # HF directory, *.gguf, hub id, or "smollm2-135m" | "synthetic"
+    path: str = ""  # HF directory, *.gguf, hub id, or "smollm2-135m" | "synthetic" | "flax:module:attr"
     dtype: str = "float32"  # of the weights in memory
     source: str = "live"  # live: it runs beside the student | cache: what launch.cache_teacher wrote; it is not loaded
+    preset: str = ""  # how it is spread over the mesh; "" = as the student, by mesh.preset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,9 +168,11 @@ class Checkpoint:
 class Mesh:
     """Over which devices, and how (`kdjax/sharding.py`)."""
 
-    preset: str = "single"  # single | dp | fsdp
-    devices: int = 0  # 0 = all that JAX sees (single: 1)
+    preset: str = "single"  # single | dp | fsdp | tp | fsdp_tp
+    shape: str = ""  # "data:4,model:4", also replica:n; one size may be -1; "" = all devices along one axis
+    sequence: bool = False  # tp, fsdp_tp: activations between blocks are split along T too
     kernels: str = "auto"  # auto | xla | pallas_tpu | pallas_gpu | reference: who computes over the vocabulary
+    attention: str = "auto"  # auto | a name in kdjax/kernels/attention
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A stretch of text to tokenise: the characters in `spans` are targets, then come the tokens `tail`.
+    """A stretch of text to tokenise, after the tokens `head`: the characters in `spans` are targets, then comes `tail`.
 
     spans: (start, end) in characters; None = all of the text. tail_is_target: of the tokens in `tail`.
     """
@@ -34,6 +34,7 @@ class Piece:
     spans: tuple[tuple[int, int], ...] | None = None
     tail: tuple[int, ...] = ()
     tail_is_target: bool = False
+    head: tuple[int, ...] = ()
 
 
 def end_of_document(tokenizer: Any) -> int:
@@ -49,12 +50,19 @@ def end_of_document(tokenizer: Any) -> int:
     return tokenizer.eos_token_id
 
 
+def start_of_document(tokenizer: Any) -> tuple[int, ...]:
+    """What the tokenizer itself puts before a text: <bos> for Gemma and Llama 3, which need it; nothing for Qwen."""
+    begin = tokenizer.bos_token_id
+    return (begin,) if begin is not None and tokenizer("")["input_ids"][:1] == [begin] else ()
+
+
 def encode(
     documents: Sequence[Document], tokenizer: Any, *, chat_template: bool = True, system_prompt: str = ""
 ) -> list[Encoded]:
     """Token ids and target masks of the documents that are not blank, in order.
 
-    A text is followed by the end-of-document token, which is no target. Of a chat the answers are targets, with the
+    A text follows the begin-of-sequence token, if the tokenizer begins texts with one, and is followed by the
+    end-of-document token; neither is a target. Of a chat the answers are targets, with the
     token that ends each of them; with `chat_template=False` its turns are joined by newlines and an answer ends with
     the end-of-sequence token. The first token of a document never is a target: nothing comes before it. No other
     special tokens are added. Raises ValueError for a template that is missing, fails, or does not extend its prompt.
@@ -64,17 +72,21 @@ def encode(
             f"data.tokenizer must be a fast tokenizer, got {type(tokenizer).__name__}; character offsets are needed to "
             "find the answers. Convert it to a tokenizer.json."
         )
-    end = end_of_document(tokenizer)
+    start, end = start_of_document(tokenizer), end_of_document(tokenizer)
     special = re.compile("|".join(re.escape(token) for token in _special_tokens(tokenizer)) or r"(?!)")
     eos = end if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     pieces: list[tuple[str, list[Piece]]] = []
     for document in documents:
         if document.messages is None:
             if document.text and not document.text.isspace():
-                pieces.append((document.id, [Piece(document.text, tail=(end,))]))
+                pieces.append((document.id, [Piece(document.text, tail=(end,), head=start)]))
             continue
         turns = _complete(document, system_prompt)
-        made = [render_chat(document.id, turns, tokenizer, special)] if chat_template else plain_chat(turns, eos)
+        if chat_template:  # it writes its own beginning
+            made = [render_chat(document.id, turns, tokenizer, special)]
+        else:
+            made = plain_chat(turns, eos)
+            made[0] = dataclasses.replace(made[0], head=start)
         pieces.append((document.id, made))
     flat = iter(_tokenise([piece for _, group in pieces for piece in group], tokenizer))
     encoded = []
@@ -182,7 +194,7 @@ def _special_tokens(tokenizer: Any) -> list[str]:
 
 
 def _tokenise(pieces: Sequence[Piece], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, loss_mask) of each piece, its tail included."""
+    """(tokens, loss_mask) of each piece, its head and tail included."""
     made: list[tuple[np.ndarray, np.ndarray]] = []
     for at in range(0, len(pieces), BATCH):
         batch = pieces[at : at + BATCH]
@@ -198,6 +210,7 @@ def _tokenise(pieces: Sequence[Piece], tokenizer: Any) -> list[tuple[np.ndarray,
                 begin, end = np.asarray(out["offset_mapping"][i], np.int64).reshape(-1, 2).T
                 inside = [(begin >= start) & (end <= stop) for start, stop in piece.spans]
                 mask = np.logical_or.reduce(inside) if inside else np.zeros(len(ids), bool)
-            tail = np.asarray(piece.tail, np.int32)
-            made.append((np.concatenate([ids, tail]), np.concatenate([mask, np.full(len(tail), piece.tail_is_target)])))
+            head, tail = (np.asarray(part, np.int32) for part in (piece.head, piece.tail))
+            masks = np.zeros(len(head), bool), mask, np.full(len(tail), piece.tail_is_target)
+            made.append((np.concatenate([head, ids, tail]), np.concatenate(masks)))
     return made

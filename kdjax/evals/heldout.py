@@ -7,7 +7,6 @@ exists. Per-row sums leave the device, so that rows can be drawn again for inter
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +18,8 @@ from kdjax.evals.bootstrap import RESAMPLES
 from kdjax.evals.evaluation import BINS, Evaluation, summarise
 from kdjax.kernels.linear_stats import LinearStats, linear_pair_stats, linear_stats
 from kdjax.sharding import Rules
+from kdjax.step import LanguageModel, side_specs
 from kdjax.types import Array, Batch, Head, Params, targets_of
-
-if TYPE_CHECKING:
-    from kdjax.step import LanguageModel
 
 RowSums = dict[str, Array]
 EvalStep = Callable[[Params, Params, Batch], RowSums]
@@ -38,14 +35,13 @@ def make_eval_step(student: LanguageModel, teacher: LanguageModel | None = None,
 
     def eval_step(student_params: Params, teacher_params: Params, batch: Batch) -> RowSums:
         sides = [(student.hidden(student_params, batch), student.head(student_params))]
-        specs = [(rules.batch_spec(3), student.head_spec)]
+        specs = [side_specs(student, rules)]
         if teacher is not None:
             sides.append((teacher.hidden(teacher_params, batch), teacher.head(teacher_params)))
-            specs.append((rules.batch_spec(3), teacher.head_spec))
+            specs.append(side_specs(teacher, rules))
 
         def local(sides: list[tuple[Array, Head]], batch: Batch) -> RowSums:
-            whole = [(h, rules.gather_head(head, spec[1])) for (h, head), spec in zip(sides, specs, strict=True)]
-            return _row_sums(whole, batch, rules.kernels)
+            return _row_sums(rules.with_heads(sides, specs), batch, rules.kernels)
 
         batch_specs = jax.tree.map(lambda a: rules.batch_spec(a.ndim), batch)
         sums = rules.rowwise(local, in_specs=(specs, batch_specs), out_specs=rules.batch_spec(1))(sides, batch)

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax.selection.stats import NEEDS_TEACHER, token_stats
+from kdjax.step import StepParts, side_specs
 from kdjax.types import Array, Batch, Params, targets_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from kdjax.step import StepParts
 
 PageStep = Callable[[Params, Params, Batch, Any, Array, Array], dict[str, Array | None]]
 
@@ -33,10 +32,10 @@ def make_page_step(parts: StepParts) -> PageStep:
         if parts.teacher is None:
             raise ValueError("teacher.path must be set, got ''; the signal reads the teacher. Name one.")
         models.append(parts.teacher)
-    side_specs = [(rules.batch_spec(3), model.head_spec) for model in models]
+    specs = [side_specs(model, rules) for model in models]
 
     def local(sides: list, batch: Batch, policy_state: Any, key: Array, step: Array) -> dict[str, Array | None]:
-        sides = [(h, rules.gather_head(head, spec[1])) for (h, head), spec in zip(sides, side_specs, strict=True)]
+        sides = rules.with_heads(sides, specs)
         labels, eligible = targets_of(batch)
         teacher = sides[1] if len(sides) > 1 else None
         stats = token_stats(dict.fromkeys(needs), sides[0], teacher, labels, implementation=rules.kernels)
@@ -52,8 +51,9 @@ def make_page_step(parts: StepParts) -> PageStep:
         sides = [(model.hidden(p, batch), model.head(p)) for model, p in zip(models, every, strict=False)]
         whole = jax.sharding.PartitionSpec()
         batch_specs = jax.tree.map(lambda a: rules.batch_spec(a.ndim), batch)
-        run = rules.rowwise(local, (side_specs, batch_specs, whole, whole, whole), rules.batch_spec(2))
-        return run(sides, batch, policy_state, key, step)
+        run = rules.rowwise(local, (specs, batch_specs, whole, whole, whole), rules.batch_spec(2))
+        found = run(sides, batch, policy_state, key, step)
+        return {name: rules.reshard(rows, whole) for name, rows in found.items()}
 
     return jax.jit(page_step)
 

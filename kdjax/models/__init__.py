@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from kdjax import registry
-from kdjax.models import decoder, llama, qwen2, qwen3
+from kdjax.models import decoder, flax_models, gemma3, llama, qwen2, qwen3
 from kdjax.models.params import ModelConfig, ParamSpec, RopeScaling, TensorKey, abstract, init
 from kdjax.sharding import Rules
 from kdjax.types import Array, Head, Params
@@ -49,20 +49,26 @@ class Family(NamedTuple):
 
 # model_type of config.json -> family
 FAMILIES: dict[str, Family] = {
+    "gemma3_text": Family(gemma3.config_from_hf, gemma3.config_to_hf, gemma3.param_specs, gemma3.key_map),
     "llama": Family(llama.config_from_hf, llama.config_to_hf, llama.param_specs, llama.key_map),
     "qwen2": Family(qwen2.config_from_hf, qwen2.config_to_hf, qwen2.param_specs, qwen2.key_map),
     "qwen3": Family(qwen3.config_from_hf, qwen3.config_to_hf, qwen3.param_specs, qwen3.key_map),
 }
+# model_type of models of more than text -> the family of their text part
+TEXT_PARTS: dict[str, str] = {"gemma3": "gemma3_text"}
 
 
 def family_of(cfg: ModelConfig) -> Family:
     """The family record of `cfg`."""
+    if cfg.family.startswith(flax_models.PREFIX):
+        return Family(**flax_models.functions(cfg.family))
     return registry.lookup(FAMILIES, cfg.family, "ModelConfig.family")
 
 
 def config_from_hf(config: dict[str, Any]) -> ModelConfig:
     """The ModelConfig of a `config.json` dictionary, by its model_type."""
-    return registry.lookup(FAMILIES, config.get("model_type") or "", "config.json model_type").config_from_hf(config)
+    kind = config.get("model_type") or ""
+    return registry.lookup(FAMILIES, TEXT_PARTS.get(kind, kind), "config.json model_type").config_from_hf(config)
 
 
 def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
@@ -113,7 +119,8 @@ def hidden(
 def head(cfg: ModelConfig, params: Params, *, rules: Rules = Rules(), compute_dtype: Any = jnp.float32) -> Head:
     """The last linear map, gathered: the embedding [V, D] itself if tied, else [D, V]."""
     weight = params["embed" if cfg.tied else "head"]
-    return Head(rules.gather(weight.astype(compute_dtype)), vocab_size=cfg.vocab_size, vocab_major=cfg.tied)
+    whole = rules.gather(weight.astype(compute_dtype))
+    return Head(whole, vocab_size=cfg.vocab_size, vocab_major=cfg.tied, soft_cap=cfg.logit_soft_cap)
 
 
 def init_cache(cfg: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Any:

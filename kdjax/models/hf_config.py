@@ -126,9 +126,13 @@ def _rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         return theta, RopeScaling("linear", _factor(found, "factor"))
     if kind == "llama3":
         factor, low, high = (_factor(found, name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
-        original = (
-            found.get("original_max_position_embeddings") or config.get("max_position_embeddings") or MAX_POSITIONS
-        )
+        if high <= low:
+            raise ValueError(
+                f"config.json high_freq_factor must be above low_freq_factor = {low}, got {high}; frequencies "
+                "between them are blended. Set rope_scaling as the model was published."
+            )
+        name = "original_max_position_embeddings"
+        original = found.get(name) or config.get("max_position_embeddings") or MAX_POSITIONS
         return theta, RopeScaling("llama3", factor, low, high, int(original))
     raise ValueError(
         f"config.json rope_type must be 'default', 'linear' or 'llama3', got {kind!r}; it is not implemented. "
@@ -139,6 +143,8 @@ def _rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
 def _factor(found: dict[str, Any], name: str) -> float:
     if found.get(name) is None:
         raise ValueError(f"config.json rope_scaling must have {name!r}, got {found!r}; its rope_type needs it.")
+    if found[name] <= 0:
+        raise ValueError(f"config.json rope_scaling must have a positive {name!r}, got {found[name]!r}.")
     return float(found[name])
 
 

@@ -32,6 +32,9 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors dtypes that are weights -> numpy's name
 IGNORED = ("rotary_emb.inv_freq",)  # buffers that old files carry; they follow from the config
+# In a model of text and images (of transformers 4 or 5): what its decoder is called, and what is not read.
+TEXT = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.lm_head.": "lm_head."}
+IMAGES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")  # of config.json, repeated in generation_config.json
 SHARD_BYTES = 4 * 2**30
 
@@ -101,7 +104,7 @@ def open_checkpoint(directory: str | Path) -> Iterator[Checkpoint]:
     """The safetensors of a directory. Raises ValueError naming the file that is damaged or holds a foreign dtype."""
     from safetensors import SafetensorError, safe_open
 
-    home: dict[str, Any] = {}
+    home: dict[str, tuple[Any, str]] = {}  # name -> the file that holds it, its name there
     shapes: dict[str, tuple[int, ...]] = {}
     stored = set()
     with contextlib.ExitStack() as stack:
@@ -113,21 +116,26 @@ def open_checkpoint(directory: str | Path) -> Iterator[Checkpoint]:
                     f"{path} must be a complete safetensors file, got a damaged one; {error}. Fetch it again."
                 ) from error
             names = handle.keys()
-            for name in names:
-                view = handle.get_slice(name)
+            for stored_name in names:
+                name, view = _text_name(stored_name), handle.get_slice(stored_name)
                 if name in home:
                     raise ValueError(f"{path} must not repeat tensor {name!r}; another file of {directory} holds it.")
-                if name.endswith(IGNORED):
+                if name.endswith(IGNORED) or name.startswith(IMAGES):
                     continue
                 if view.get_dtype() not in STORED:
                     raise ValueError(
                         f"{path} must hold tensors of the types {', '.join(STORED)}, got {view.get_dtype()} for "
                         f"{name!r}; other types are unsupported. Save the model as bfloat16 first."
                     )
-                home[name], shapes[name] = handle, tuple(view.get_shape())
+                home[name], shapes[name] = (handle, stored_name), tuple(view.get_shape())
                 stored.add(view.get_dtype())
         dtypes = tuple(STORED[kind] for kind in STORED if kind in stored)
-        yield Checkpoint(str(directory), shapes, lambda name: home[name].get_tensor(name), dtypes)
+        yield Checkpoint(str(directory), shapes, lambda name: home[name][0].get_tensor(home[name][1]), dtypes)
+
+
+def _text_name(name: str) -> str:
+    """The name of a tensor in a checkpoint of text alone."""
+    return next((new + name.removeprefix(old) for old, new in TEXT.items() if name.startswith(old)), name)
 
 
 def _check_names(keys: Mapping[str, TensorKey], found: Checkpoint, tied: bool) -> None:

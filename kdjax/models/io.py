@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax.models import fetch, gguf_io, hf_io, prune, synthetic
+from kdjax.models import fetch, flax_models, gguf_io, gguf_model, hf_io, prune, synthetic
 from kdjax.models.params import ModelConfig
 from kdjax.sharding import Rules
 from kdjax.types import Params
@@ -52,6 +52,10 @@ def load_model(
     and for a `keep` that `prune.cut` refuses.
     """
     found = fetch.locate(path, where=where)
+    if found.kind == "flax":
+        flax_models.refuse_init("own" if keep is None else "cut", found.name)
+        cfg, params, digest = flax_models.load(found.name, dtype, rules, where)
+        return LoadedModel(cfg, params, found.name, f"the Flax model {found.name}", str(path), digest)
     if found.kind == "synthetic":
         cfg, source, params = synthetic.config(), synthetic.SOURCE, synthetic.make_params(rules)
         params = params if keep is None else prune.cut(cfg, params, keep)[1]
@@ -74,6 +78,8 @@ def fingerprint(path: str | Path, *, where: str = "teacher.path") -> str:
 def load_config(path: str | Path, *, where: str = "teacher.path") -> ModelConfig:
     """The ModelConfig alone; no weights are read, nor downloaded from the hub."""
     found = fetch.locate(path, weights=False, where=where)
+    if found.kind == "flax":
+        return flax_models.open_model(found.name, where).cfg
     if found.kind == "synthetic":
         return synthetic.config()
     if found.kind == "gguf":
@@ -94,14 +100,16 @@ def open_model(found: fetch.Located) -> Iterator[tuple[ModelConfig, hf_io.Checkp
 
 
 def _gguf_config(file: gguf_io.GgufFile) -> ModelConfig:
-    return hf_io.make_config(gguf_io.hf_config(file), file.path)
+    return hf_io.make_config(gguf_model.hf_config(file), file.path)
 
 
 def gguf_checkpoint(file: gguf_io.GgufFile) -> hf_io.Checkpoint:
     """The tensors of a GGUF file under their Hugging Face names; unknown ones keep theirs, to be refused by it."""
-    names = {gguf_io.hf_name(name) or name: name for name in file.tensors if name != gguf_io.ROPE_FACTORS}
+    kind = file.metadata["general.architecture"]
+    tensors = [name for name in file.tensors if name != gguf_model.ROPE_FACTORS]
+    names = {gguf_model.hf_name(name, kind) or name: name for name in tensors}
     shapes = {name: file.tensors[original].shape for name, original in names.items()}
-    return hf_io.Checkpoint(file.path, shapes, lambda name: gguf_io.read_model_tensor(file, names[name]))
+    return hf_io.Checkpoint(file.path, shapes, lambda name: gguf_model.read_model_tensor(file, names[name]))
 
 
 def _stem(path: Path) -> str:
@@ -111,6 +119,8 @@ def _stem(path: Path) -> str:
 
 
 def _fingerprint(found: fetch.Located) -> str:
+    if found.kind == "flax":
+        return flax_models.fingerprint_of(found.name)
     if found.kind == "synthetic":
         return _synthetic_fingerprint()
     if found.kind == "gguf":

@@ -1,31 +1,37 @@
-"""The pieces of a decoder layer: RMS norm, RoPE, segment-aware causal attention with grouped heads, SwiGLU.
+"""The pieces of a decoder layer: projections, RMS norm, RoPE, activations. Attention is in kernels/attention.
 
-Norms, RoPE tables and the softmax are in float32 whatever the compute dtype; scores and mixed values accumulate in it.
-The forms are those that XLA compiles well on CPU too: plain two-dimensional products for the projections, one batched
-product per kv head for the scores (its query heads stacked as rows, so no key or value is repeated).
+Norms and RoPE tables are in float32 whatever the compute dtype. Projections are plain two-dimensional products: the
+form that XLA compiles well on CPU too.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int
 
 from kdjax.models.params import ModelConfig
-
-MASKED = -1e30  # a score that exp turns into 0; finite, so that no row of scores can give inf - inf
-QUERY_BLOCK = 128  # queries that are scored together, against no key after the last of them
-MAX_BLOCKS = 8  # blocks are unrolled in the program, so long rows take longer blocks
 
 Rope = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]  # cos, sin
 
 
-def project(x: Float[Array, "B T *inputs"], weight: Float[Array, "..."]) -> Float[Array, "B T *outputs"]:
-    """x [B, T, *inputs] times weight [*inputs, *outputs], as one two-dimensional product."""
+def project(
+    x: Float[Array, "B T *inputs"], weight: Float[Array, "..."], summed: NamedSharding | None = None
+) -> Float[Array, "B T *outputs"]:
+    """x [B, T, *inputs] times weight [*inputs, *outputs], as one two-dimensional product.
+
+    summed: of the result, where the devices have a part of the inputs each; their parts are added up.
+    """
     b, t, *inputs = x.shape
     outputs = weight.shape[len(inputs) :]
-    flat = x.reshape(b * t, -1)
-    # Two reshapes: under a mesh the batch axis is split off alone, else its sharding would be ambiguous.
+    if summed is not None:
+        axes = tuple(range(2, x.ndim)), tuple(range(len(inputs)))
+        return jax.lax.dot_general(x, weight, (axes, ((), ())), out_sharding=summed)
+    # Reshapes in twos: under a mesh one of several axes is merged or split off at a time, else which of them has the
+    # sharding would be ambiguous.
+    flat = x.reshape(b, t, -1).reshape(b * t, -1)
     return (flat @ weight.reshape(flat.shape[1], -1)).reshape(b, t, -1).reshape(b, t, *outputs)
 
 
@@ -36,11 +42,15 @@ def rms_norm(x: Float[Array, "*rows D"], scale: Float[Array, " D"], eps: float) 
     return (wide * inverse * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
 
 
-def rope_frequencies(cfg: ModelConfig) -> list[float]:
-    """The H / 2 angles per position, theta^(-2i/H), stretched as `cfg.rope_scaling` says; see RopeScaling."""
-    plain = [cfg.rope_theta ** (-pair / cfg.head_dim) for pair in range(0, cfg.head_dim, 2)]
+def rope_frequencies(cfg: ModelConfig, local: bool = False) -> list[float]:
+    """The H / 2 angles per position, theta^(-2i/H), stretched as `cfg.rope_scaling` says; see RopeScaling.
+
+    Those of a local layer have a base of their own and are not stretched.
+    """
+    theta = cfg.local_rope_theta if local else cfg.rope_theta
+    plain = [theta ** (-pair / cfg.head_dim) for pair in range(0, cfg.head_dim, 2)]
     scaling = cfg.rope_scaling
-    if scaling is None:
+    if scaling is None or local:
         return plain
     if scaling.kind == "linear":
         return [frequency / scaling.factor for frequency in plain]
@@ -55,9 +65,9 @@ def rope_frequencies(cfg: ModelConfig) -> list[float]:
     return stretched
 
 
-def rope_tables(cfg: ModelConfig, positions: Int[Array, "B T"]) -> Rope:
+def rope_tables(cfg: ModelConfig, positions: Int[Array, "B T"], local: bool = False) -> Rope:
     """cos and sin of position times frequency, float32."""
-    frequencies = jnp.asarray(rope_frequencies(cfg), jnp.float32)
+    frequencies = jnp.asarray(rope_frequencies(cfg, local), jnp.float32)
     angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -69,39 +79,5 @@ def rotate(x: Float[Array, "B T N H"], rope: Rope, scale: float = 1.0) -> Float[
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
 
 
-def causal_attention(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T G H"], v: Float[Array, "B T G H"], segment_ids: Int[Array, "B T"]
-) -> Float[Array, "B T N H"]:
-    """Every position attends to itself and the earlier ones of its segment. q holds the factor 1 / sqrt(H) already.
-
-    Padding (segment 0) is a segment of its own: harmless, and every row has at least one key.
-    """
-    length = q.shape[1]
-    block = max(QUERY_BLOCK, -(-length // MAX_BLOCKS))
-    mixed = []
-    for start in range(0, length, block):
-        end = min(start + block, length)
-        same = segment_ids[:, start:end, None] == segment_ids[:, None, :end]
-        earlier = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None]
-        mixed.append(attend(q[:, start:end], k[:, :end], v[:, :end], same & earlier[None]))
-    return mixed[0] if len(mixed) == 1 else jnp.concatenate(mixed, 1)
-
-
-def attend(
-    q: Float[Array, "B T N H"], k: Float[Array, "B C G H"], v: Float[Array, "B C G H"], mask: Bool[Array, "B T C"]
-) -> Float[Array, "B T N H"]:
-    """softmax(q k^T) v over the keys that `mask` allows, at least one each. Query head n uses kv head n // (N / G)."""
-    b, t, n, h = q.shape
-    g, c = k.shape[2], k.shape[1]
-    r = n // g
-    q = q.reshape(b, t, g, r, h).transpose(0, 2, 3, 1, 4).reshape(b, g, r * t, h)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    scores = jnp.einsum("bgqh,bgch->bgqc", q, k, preferred_element_type=jnp.float32).reshape(b, g, r, t, c)
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), -1).astype(v.dtype)
-    mixed = jnp.einsum("bgqc,bgch->bgqh", weights.reshape(b, g, r * t, c), v, preferred_element_type=jnp.float32)
-    return mixed.reshape(b, g, r, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h).astype(q.dtype)
-
-
-def swiglu(gate: Float[Array, "B T F"], up: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
-    """silu(gate) * up."""
-    return jax.nn.silu(gate) * up
+# of the gate of a feed-forward block
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}

@@ -3,7 +3,8 @@
 The tree of a decoder (N query heads, G key/value heads, H head size, D width, F mlp, V vocabulary, L layers):
   embed [V, D], final_norm [D], head [D, V] if untied,
   layers: attn_norm [L, D], wq [L, D, N, H], wk, wv [L, D, G, H], wo [L, N, H, D], mlp_norm [L, D],
-          w_gate, w_up [L, D, F], w_down [L, F, D] and what the family adds (bq, bk, bv; q_norm, k_norm).
+          w_gate, w_up [L, D, F], w_down [L, F, D] and what the family adds (bq, bk, bv; q_norm, k_norm [L, H];
+          post_attn_norm, post_mlp_norm [L, D]).
 Leaves of `layers` are stacked over L for `lax.scan`.
 """
 
@@ -37,7 +38,10 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder-only language model. Hashable, so it can be a static argument of `jit`."""
+    """The shape of a decoder-only language model. Hashable, so it can be a static argument of `jit`.
+
+    A local layer sees the last `window` positions, its own included, and has plain RoPE of base `local_rope_theta`.
+    """
 
     family: str  # a key of models.FAMILIES
     vocab_size: int
@@ -57,6 +61,15 @@ class ModelConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
+    norm_offset: float = 0.0  # a norm multiplies by this + its scale
+    embed_scale: float = 1.0  # multiplies the embeddings, rounded to the compute dtype
+    activation: str = "silu"  # of the gate, a key of layers.ACTIVATIONS
+    query_pre_attn_scalar: float = 0.0  # scores are divided by its square root; 0: by that of head_dim
+    attn_soft_cap: float = 0.0  # c: scores become c tanh(scores / c); 0 = none
+    logit_soft_cap: float = 0.0  # the same for the logits, see types.Head
+    window: int = 0  # positions; 0 = local layers see all
+    local_layers: tuple[bool, ...] = ()  # one for each layer; () = none is local
+    local_rope_theta: float = 10000.0
 
 
 class Normal(NamedTuple):

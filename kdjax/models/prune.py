@@ -30,7 +30,7 @@ def default_keep(total: int, layers: int) -> tuple[int, ...]:
 
 
 def cut_config(cfg: ModelConfig, keep: Sequence[int]) -> ModelConfig:
-    """The config of the student that has the layers `keep` of the teacher.
+    """The config of the student that has the layers `keep` of the teacher. A local layer stays local.
 
     Raises ValueError unless `keep` is non-empty, ascending and within the teacher's layers.
     """
@@ -40,7 +40,8 @@ def cut_config(cfg: ModelConfig, keep: Sequence[int]) -> ModelConfig:
             f"student.init.keep must be ascending layers in 0..{cfg.layers - 1}, each once, got {keep}; they are the "
             "teacher's layers that the student starts from. Leave it () for an even spread of student.init.layers."
         )
-    return dataclasses.replace(cfg, layers=len(keep))
+    local = tuple(cfg.local_layers[layer] for layer in keep) if cfg.local_layers else ()
+    return dataclasses.replace(cfg, layers=len(keep), local_layers=local)
 
 
 def cut(cfg: ModelConfig, params: Params, keep: Sequence[int]) -> tuple[ModelConfig, Params]:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdjax.models import fetch, gguf_io, synthetic
+from kdjax.models import fetch, flax_models, gguf_io, synthetic
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -43,12 +43,16 @@ PRE_TOKENIZERS = {
 def has_tokenizer(path: str | Path, *, where: str = "data.tokenizer") -> bool:
     """Whether a model path (see fetch.locate) comes with a tokenizer; a Hugging Face directory may lack it."""
     found = fetch.locate(path, weights=False, where=where)
+    if found.kind == "flax":
+        return bool(flax_models.open_model(found.name, where).tokenizer)
     return found.kind != "hf" or any((found.path / name).is_file() for name in TOKENIZER_FILES)
 
 
 def load_tokenizer(path: str | Path, *, where: str = "data.tokenizer") -> PreTrainedTokenizerBase:
     """The tokenizer of a model path (see fetch.locate). Raises ValueError that names the path if it has none."""
     found = fetch.locate(path, weights=False, where=where)
+    if found.kind == "flax":
+        return load_tokenizer(flax_models.tokenizer_of(found.name, where), where=where)
     if found.kind == "synthetic":
         return synthetic.make_tokenizer()
     if found.kind == "gguf":

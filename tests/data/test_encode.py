@@ -46,7 +46,8 @@ def test_text_is_its_bytes_and_one_separator_that_is_no_target(tokenizer):
     assert (a.tokens.dtype, a.loss_mask.dtype, a.id) == (np.int32, bool, "a")
 
 
-def test_no_special_token_is_added_even_if_the_tokenizer_would(make_tokenizer):
+def test_of_the_special_tokens_that_a_tokenizer_adds_the_first_is_kept(make_tokenizer):
+    """Gemma and Llama 3 were never shown a text without it."""
     from tokenizers import processors
 
     adding = make_tokenizer(eos_token="<|im_end|>", bos_token="<|im_start|>")
@@ -54,7 +55,12 @@ def test_no_special_token_is_added_even_if_the_tokenizer_would(make_tokenizer):
         single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", IM_START), ("<|im_end|>", IM_END)]
     )
     assert adding("x")["input_ids"][0] == IM_START
-    assert adding.decode(encode([Document("a", text="xy")], adding)[0].tokens) == "xy<|endoftext|>"
+    (text,) = encode([Document("a", text="xy")], adding)
+    assert adding.decode(text.tokens) == "<|im_start|>xy<|endoftext|>"
+    assert text.loss_mask.tolist() == [False, True, True, False]
+    (turns,) = encode([chat(("user", "q"), ("assistant", "a"))], adding, chat_template=False)
+    assert adding.decode(turns.tokens) == "<|im_start|>q\na<|im_end|>"
+    assert targets(turns, adding) == ["a<|im_end|>"]
 
 
 def test_separator_is_endoftext_if_there_is_one_else_the_end_of_sequence(tokenizer, make_tokenizer):

@@ -1,7 +1,6 @@
 """Layers against float64 numpy, rematerialisation, and what config.json may hold."""
 
 import functools
-import itertools
 import re
 
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 from kdjax import models
+from kdjax.kernels.attention import attention
 from kdjax.models import layers
 from kdjax.models.decoder import REMAT
 
@@ -31,35 +31,10 @@ def inputs(rows: int, length: int):
     return jnp.asarray(tokens), jnp.ones((rows, length), jnp.int32), jnp.asarray(positions)
 
 
-def attention_float64(q, k, v, segments):
-    """One query and one head at a time."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    out = np.zeros_like(q)
-    for b, t, n in itertools.product(*map(range, q.shape[:3])):
-        keys = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
-        group = n * k.shape[2] // q.shape[2]
-        scores = k[b, keys, group] @ q[b, t, n]
-        weights = np.exp(scores - scores.max())
-        out[b, t, n] = weights @ v[b, keys, group] / weights.sum()
-    return out
-
-
-@pytest.mark.parametrize("length", [5, 300, 1100])  # one block, blocks of 128 with a short last one, 8 longer ones
-def test_attention_matches_float64(length):
-    rng = np.random.default_rng(length)
-    draw = functools.partial(rng.standard_normal, dtype=np.float32)
-    q, k, v = draw((2, length, 4, 4)), draw((2, length, 2, 4)), draw((2, length, 2, 4))
-    segments = np.sort(rng.integers(0, 3, (2, length), dtype=np.int32), 1)[:, ::-1].copy()
-    mixed = jax.jit(layers.causal_attention)(q, k, v, segments)
-    np.testing.assert_allclose(mixed, attention_float64(q, k, v, segments), atol=2e-6)
-
-
 def test_attention_is_finite_at_extreme_scores():
     q = jnp.asarray(np.random.default_rng(0).choice([-1e4, 1e4], (1, 140, 2, 4)), jnp.float32)
     segments = jnp.asarray([[1] * 100 + [0] * 40], jnp.int32)
-    value, grads = jax.value_and_grad(
-        lambda q: jnp.sum(layers.causal_attention(q, q[:, :, :1], q[:, :, 1:], segments))
-    )(q)
+    value, grads = jax.value_and_grad(lambda q: jnp.sum(attention(q, q[:, :, :1], q[:, :, 1:], segments)))(q)
     assert jnp.isfinite(value)
     assert jnp.all(jnp.isfinite(grads))
 
@@ -147,6 +122,7 @@ def test_config_is_a_static_argument():
 
 # --- config.json
 
+LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SLIDING = {"use_sliding_window": True, "sliding_window": 8}
 REFUSED = [
     ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
@@ -162,6 +138,8 @@ REFUSED = [
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type must be .*got 'yarn'"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope_scaling must have 'low_freq_factor'"),
     ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling must have 'factor'"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "rope_scaling must have a positive 'factor', got 0"),
+    ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor must be above low_freq_factor = 1.0, got"),
     ({"model_type": "qwen2", "max_window_layers": 1} | SLIDING, "layer_types .*got 'sliding_attention'"),
     ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "got 'sliding_attention'"),
     ({"model_type": "lama"}, "model_type must be .* Did you mean 'llama'"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kdjax import models
-from kdjax.models import gguf_io, io
+from kdjax.models import gguf_io, gguf_model, io
 
 RNG = np.random.default_rng(0)
 KIND = gguf.GGMLQuantizationType
@@ -146,6 +146,39 @@ def test_config_of_each_architecture(tmp_path, arch):
     )  # fmt: skip
 
 
+GEMMA3 = {"attention.key_length": 16, "rope.dimension_count": 16, "attention.sliding_window": 6, "block_count": 7}
+
+
+def gemma3(tmp_path, flags=None, **changes):
+    def metadata(writer):
+        small_model(writer, "gemma3", **GEMMA3 | changes)
+        if flags is not None:
+            writer.add_array("gemma3.attention.sliding_window_pattern", flags)
+
+    return io.load_config(write(tmp_path / "m.gguf", metadata, EMBED, "gemma3"))
+
+
+def test_what_a_gemma3_file_leaves_out_is_as_published(tmp_path):
+    cfg = gemma3(tmp_path)
+    assert cfg.local_layers == (True,) * 5 + (False, True)
+    assert (cfg.family, cfg.window, cfg.local_rope_theta, cfg.query_pre_attn_scalar) == ("gemma3_text", 6, 1e4, 16.0)
+    assert (cfg.norm_offset, cfg.activation, cfg.logit_soft_cap) == (1.0, "gelu_tanh", 0.0)
+    assert gemma3(tmp_path, block_count=62).query_pre_attn_scalar == 32 / 4  # the 27B: the width per head
+    assert gemma3(tmp_path, **{"attention.sliding_window": None}).window == 0
+
+
+def test_what_a_gemma3_file_says_is_heard(tmp_path):
+    said = {"rope.freq_base_swa": 500.0, "final_logit_softcapping": 30.0, "attention.sliding_window_pattern": 2}
+    cfg = gemma3(tmp_path, **said)
+    assert cfg.local_layers == (True, False) * 3 + (True,)
+    assert (cfg.local_rope_theta, cfg.logit_soft_cap) == (500.0, 30.0)
+    assert gemma3(tmp_path, [False, True, True], block_count=3).local_layers == (False, True, True)
+    with pytest.raises(ValueError, match=r"m\.gguf.*layer_types must have an entry for each of the 7 layers, got 3"):
+        gemma3(tmp_path, [False, True, True])
+    with pytest.raises(ValueError, match=r"m\.gguf .*gemma3\.attention\.sliding_window is 2\.5"):
+        gemma3(tmp_path, **{"attention.sliding_window": 2.5})
+
+
 def llama3_factors(theta, head_dim, factor, low, high, original):
     """One factor per frequency, by the rule of the Llama 3.1 release, frequency by frequency."""
     factors = []
@@ -189,7 +222,7 @@ def test_unpermute_pairs_up_the_halves():
     """Interleaved RoPE turns rows (2i, 2i+1) of a head together, half-split RoPE rows (i, i + H/2)."""
     heads, size = 3, 8
     stored_rows = np.arange(heads * size)[:, None] + np.zeros((1, 2), int)
-    found = gguf_io.unpermute(stored_rows, heads)
+    found = gguf_model.unpermute(stored_rows, heads)
     for head in range(heads):
         for i in range(size // 2):
             assert found[head * size + i, 0] == head * size + 2 * i
@@ -198,13 +231,13 @@ def test_unpermute_pairs_up_the_halves():
 
 def test_names_map_one_to_one():
     names = [
-        *gguf_io.GLOBAL_NAMES,
-        *(f"blk.{layer}.{part}.weight" for layer in (0, 11) for part in gguf_io.LAYER_NAMES),
+        *gguf_model.GLOBAL_NAMES,
+        *(f"blk.{layer}.{part}.weight" for layer in (0, 11) for part in gguf_model.LAYER_NAMES),
     ]
-    found = [gguf_io.hf_name(name) for name in names]
+    found = [gguf_model.hf_name(name) for name in names]
     assert len(set(found)) == len(names)
-    assert gguf_io.hf_name("blk.3.attn_q.bias") == "model.layers.3.self_attn.q_proj.bias"
-    assert gguf_io.hf_name("blk.3.ffn_gate_exps.weight") is None
+    assert gguf_model.hf_name("blk.3.attn_q.bias") == "model.layers.3.self_attn.q_proj.bias"
+    assert gguf_model.hf_name("blk.3.ffn_gate_exps.weight") is None
 
 
 @pytest.fixture
@@ -279,7 +312,7 @@ def test_an_unsupported_type_is_named(tmp_path, kind):
 @pytest.mark.parametrize(
     ("arch", "changes", "tensors", "message"),
     [
-        ("gemma3", {}, EMBED, "must be of architecture llama, qwen2, qwen3, got 'gemma3'"),
+        ("phi3", {}, EMBED, "must be of architecture gemma3, llama, qwen2, qwen3, got 'phi3'"),
         ("llama", {"block_count": None}, EMBED, r"it has no llama\.block_count"),
         ("llama", {}, {}, r"it has no token_embd\.weight"),
         ("llama", {"rope.dimension_count": 4}, EMBED, r"rope\.dimension_count equal to the head size 8, got 4"),

@@ -15,15 +15,22 @@ from jax.sharding import SingleDeviceSharding
 from safetensors.numpy import load_file, save_file
 
 from kdjax import models, sharding
+from kdjax.config import Mesh
 from kdjax.models import hf_io, io, synthetic
 
 SIZES = {"vocab_size": 48, "width": 16, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 24}
+OWN = {
+    "qwen2": {"attention_bias": True},
+    "gemma3_text": {
+        "norm_offset": 1.0, "embed_scale": 4.0, "activation": "gelu_tanh", "query_pre_attn_scalar": 7.5, "window": 6,
+        "attn_soft_cap": 50.0, "logit_soft_cap": 30.0, "local_layers": (True, False, True), "local_rope_theta": 20.0,
+    },
+}  # fmt: skip
 
 
 def make_config(family, tied, **changes):
-    return models.ModelConfig(
-        family=family, tied=tied, attention_bias=family == "qwen2", eos_ids=(2,), bos_id=1, **SIZES | changes
-    )
+    own = OWN.get(family, {})
+    return models.ModelConfig(family=family, tied=tied, eos_ids=(2,), bos_id=1, **SIZES | own | changes)
 
 
 def make_params(cfg):
@@ -110,7 +117,7 @@ def test_shards_are_cut_by_size_and_read_back(tmp_path, saved):
 @pytest.mark.parametrize("preset", ["single", "dp", "fsdp"])
 def test_leaves_arrive_on_the_shards_that_the_rules_ask_for(saved, preset):
     path, cfg, params = saved
-    rules = sharding.make_rules(preset)
+    rules = sharding.make_rules(Mesh(preset))
     found = hf_io.read_hf(path, rules=rules)[1]
     assert_same(found, params)
     specs = models.param_specs(cfg)
@@ -249,7 +256,7 @@ def test_fingerprint_follows_every_byte_and_nothing_else(tmp_path, saved):
 
 
 def test_the_synthetic_model_is_the_same_every_time_and_says_that_it_is_random():
-    first, second = io.load_model("synthetic"), io.load_model("synthetic", rules=sharding.make_rules("fsdp"))
+    first, second = io.load_model("synthetic"), io.load_model("synthetic", rules=sharding.make_rules(Mesh("fsdp")))
     assert first.fingerprint == second.fingerprint
     assert_same(first.params, second.params)
     assert "random weights" in first.source

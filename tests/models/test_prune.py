@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdjax import models, sharding
+from kdjax.config import Mesh
 from kdjax.models import hf_io, io, prune
 
 CFG = models.ModelConfig("qwen2", 11, 8, layers=5, heads=2, kv_heads=1, head_dim=4, mlp=12, attention_bias=True)
@@ -151,7 +152,7 @@ def test_a_student_of_the_synthetic_teacher():
 
 
 def test_a_student_from_the_file_goes_where_the_mesh_wants_it(tmp_path):
-    path, rules = hf_directory(tmp_path, True), sharding.make_rules("fsdp")
+    path, rules = hf_directory(tmp_path, True), sharding.make_rules(Mesh("fsdp"))
     student = io.load_model(path, keep=(0, 2), rules=rules)
     plain = io.load_model(path, keep=(0, 2))
     jax.tree.map(np.testing.assert_array_equal, student.params, plain.params)

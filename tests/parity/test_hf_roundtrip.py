@@ -29,7 +29,8 @@ over_cases = pytest.mark.parametrize(
 
 def make_torch(family, tied, **changes):
     """A model with every parameter random, norms and biases included, of a size that keeps logits near 1."""
-    sizes = SIZES | {"head_dim": 16 if family == "qwen3" else 8} | changes
+    own = {"qwen3": {"head_dim": 16}, "gemma3_text": {"sliding_window": 5, "query_pre_attn_scalar": 8}}
+    sizes = SIZES | {"head_dim": 8} | own.get(family, {}) | changes
     config = transformers.AutoConfig.for_model(family, tie_word_embeddings=tied, **sizes)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -129,7 +130,7 @@ def permute(rows, heads):
 
 def write_gguf(path, model, kind):
     """Matrices in `kind`, vectors in F32. Returns what the file holds, by Hugging Face name, as `gguf` reads it."""
-    config, family = model.config, model.config.model_type
+    config, family = model.config, model.config.model_type.removesuffix("_text")
     writer = gguf.GGUFWriter(str(path), family)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -139,7 +140,9 @@ def write_gguf(path, model, kind):
     writer.add_key_length(config.head_dim)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(config.rope_parameters.get("full_attention", config.rope_parameters)["rope_theta"])
+    if family == "gemma3":
+        writer.add_sliding_window(config.sliding_window)
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, family.upper()), config.num_hidden_layers)
     held = {}
     for name, value in model.state_dict().items():
@@ -150,6 +153,8 @@ def write_gguf(path, model, kind):
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
         if heads and family == "llama":
             value = permute(value, heads)
+        if family == "gemma3" and name.endswith("norm.weight"):
+            value = value + np.float32(1)
         data = gguf.quants.quantize(value, stored)
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(target, data, raw_dtype=stored)
@@ -171,6 +176,19 @@ def test_gguf_in_float32_gives_the_logits_of_its_source(tmp_path, family, tied):
     assert (loaded.cfg.family, loaded.cfg.tied) == (family, tied)
     assert loaded.source == "m, GGUF in F32"
     assert_close(our_logits(loaded.cfg, loaded.params), torch_logits(model))
+
+
+def test_gguf_scales_of_gemma_norms_are_those_that_transformers_reads(tmp_path):
+    """The converter adds 1 to them, as the model does."""
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    model = make_torch("gemma3_text", True)
+    write_gguf(tmp_path / "m.gguf", model, GGUF_KIND.F32)
+    theirs = load_gguf_checkpoint(str(tmp_path / "m.gguf"), return_tensors=True, model_to_load=model)["tensors"]
+    with io.open_model(io.fetch.locate(tmp_path / "m.gguf")) as (_, checkpoint, _):
+        assert set(theirs) == set(checkpoint.shapes)
+        for name, tensor in theirs.items():
+            np.testing.assert_array_equal(checkpoint.read(name), tensor.numpy())
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
