@@ -1,22 +1,29 @@
-"""Checkpoints of a run: state, data position and identity, saved asynchronously; the only importer of orbax.
+"""Checkpoints of a run: state and identity, saved asynchronously; the only importer of orbax.
+
+The data position is the step itself, and arrays are stored whole: a run may go on with other devices and processes.
+Every process of a run has to save, restore and close; together they write one checkpoint. What they must agree on
+before that is here too.
 
 A step is written to a temporary folder and renamed when complete, so a kill at any moment leaves the previous one.
 Kept are the newest `keep` and the `keep_best` of lowest held-out KL among the evaluated ones.
 """
 
+import hashlib
+import secrets
 import shutil
+import time
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from kdjax.config import Checkpoint
 
-if TYPE_CHECKING:
-    pass
-
 BEST = "kl"  # the metric that `keep_best` goes by; lower is better
+SHARED_SECONDS = 10.0  # until what one host wrote has to be seen by the others
 
 
 class Checkpoints:
@@ -58,8 +65,8 @@ class Checkpoints:
         rated = [c for c in self._orbax.checkpoints if c.metrics]
         return min(rated, key=lambda c: c.metrics[BEST]).step if rated else None
 
-    def save(self, step: int, state: Any, data: Any, identity: str, kl: float | None = None) -> None:
-        """Start writing `state`, the position of the iterator `data` and the config fingerprint `identity`.
+    def save(self, step: int, state: Any, identity: str, kl: float | None = None) -> None:
+        """Start writing `state` and the config fingerprint `identity`.
 
         Returns as soon as the arrays are copied. Raises OSError that names the step and the last good checkpoint if the
         disk cannot hold it or an earlier write failed.
@@ -68,7 +75,7 @@ class Checkpoints:
         if step in [c.step for c in self._orbax.checkpoints]:
             return
         self._require_space(step, state)
-        parts = {"state": state, "data": data, "meta": {"config": identity}}
+        parts = {"state": state, "meta": {"config": identity}}
         metrics = None if kl is None else {BEST: float(kl)}
         try:
             self._pending = step, self._orbax.save_checkpointables_async(step, parts, force=True, metrics=metrics)
@@ -84,10 +91,11 @@ class Checkpoints:
             except (OSError, ValueError, RuntimeError) as error:  # tensorstore reports a full disk as ValueError
                 raise self._failed(step, error) from error
 
-    def restore(self, abstract_state: Any, data: Any, identity: str, step: int | None = None) -> tuple[Any, int]:
+    def restore(self, abstract_state: Any, identity: str, step: int | None = None) -> tuple[Any, int]:
         """(state, step): the newest checkpoint, or that of `step`, onto the shardings of `abstract_state`.
 
-        Moves the iterator `data` to where it was. Raises ValueError if there is none, or it is of another config.
+        It may have been written by other devices or processes. Raises ValueError if there is none, or it is of another
+        config.
         """
         self.wait()
         wanted_step = self.latest if step is None else step
@@ -101,9 +109,7 @@ class Checkpoints:
                 f"{self.directory} must hold checkpoints of this config and data ({identity}), got those of {found}. "
                 "Set another --workdir, or the config the run was started with (config.json beside it)."
             )
-        wanted = {"state": abstract_state} | ({} if data is None else {"data": data})
-        loaded = self._orbax.load_checkpointables(step, wanted)
-        return loaded["state"], step
+        return self._orbax.load_checkpointables(step, {"state": abstract_state})["state"], step
 
     def close(self) -> None:
         """Wait for pending writes and release the directory."""
@@ -150,3 +156,44 @@ def config_difference(old: dict[str, Any], new: dict[str, Any], path: str = "") 
         elif left != right:
             found.append(f"{path}{key} is {left!r} there and {right!r} here")
     return found
+
+
+def agreed(value: int) -> int:
+    """What process 0 has here, in all processes. All have to call; so a late file on one of them sends none astray."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def require_same(text: str, what: str) -> None:
+    """Raises ValueError that names the processes in which `text` is another than in process 0. All have to call."""
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32)
+    every = multihost_utils.process_allgather(digest)
+    others = np.flatnonzero((every != every[:1]).any(1)).tolist()
+    if others:
+        raise ValueError(
+            f"{what} must be the same in all processes, got another than that of process 0 in process "
+            f"{', '.join(map(str, others))}; they would wait for each other for ever. Start all with the same command, "
+            "versions and files."
+        )
+
+
+def require_shared(workdir: Path) -> None:
+    """Raises ValueError that names the processes that do not see the directory of process 0. All have to call."""
+    if jax.process_count() == 1:
+        return
+    mark = workdir / f".seen-by-all-{agreed(secrets.randbits(31))}"
+    if jax.process_index() == 0:
+        mark.touch()
+    multihost_utils.sync_global_devices("the mark is made")
+    end = time.monotonic() + SHARED_SECONDS
+    while not mark.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    blind = np.flatnonzero(~multihost_utils.process_allgather(np.array(mark.exists()))).tolist()
+    if jax.process_index() == 0:
+        mark.unlink()
+    if blind:
+        raise ValueError(
+            f"--workdir must be one directory that all processes see, got {str(workdir)!r}, in which process "
+            f"{', '.join(map(str, blind))} does not find what process 0 writes. Set it to a path on a shared disk."
+        )

@@ -1,7 +1,9 @@
 """The run: the only place with per-step side effects. Data, checkpoints, log, evaluation, preemption.
 
-Order on start: config.json, models and data, then the newest checkpoint (state and data position) if there is one.
+Order on start: config.json, models and data, then the newest checkpoint if there is one; its step is the data position.
 A step is dispatched before the previous one's figures are fetched, so the device never waits for the host.
+With several processes each feeds the rows of its own devices; all run this code, process 0 alone writes (but for the
+checkpoints), and whatever decides what comes next is decided by process 0 or known to all.
 """
 
 import dataclasses
@@ -15,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
 from kdjax.build import Built, samples_basis
-from kdjax.checkpoint import Checkpoints, abstract_like, config_difference
+from kdjax.checkpoint import Checkpoints, abstract_like, agreed, config_difference, require_same, require_shared
 from kdjax.config import Experiment, fingerprint, trajectory
 from kdjax.curation import Scorer, keep, load_samples, make_scorer, overlap, positions_of, write_samples
-from kdjax.data import Rows, as_batch, heldout_batches, take, to_batch, train_iterator
+from kdjax.data import Rows, as_batch, fed_places, heldout_batches, on_mesh, take, to_batch, train_iterator
 from kdjax.evals.evaluation import Evaluation
 from kdjax.evals.heldout import evaluate, make_eval_step
 from kdjax.report_data import write_after, write_before
@@ -47,7 +50,10 @@ class Outcome:
 
 
 def claim_workdir(workdir: Path, experiment: Experiment) -> None:
-    """Create the directory, or make sure that what it holds is of this very config. Before anything slow is loaded."""
+    """Create the directory, or make sure that what it holds is of this very config. Before anything slow is loaded.
+
+    Raises ValueError if it is of another one, and with several processes if they cannot work on it together.
+    """
     path = workdir / "config.json"
     if path.is_file():
         old = json.loads(path.read_text(encoding="utf-8"))
@@ -60,6 +66,10 @@ def claim_workdir(workdir: Path, experiment: Experiment) -> None:
                 "Set another --workdir, or undo these changes to go on with that run."
             )
     workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_count() > 1:
+        _require_mesh(experiment)
+        require_same(repr(experiment), "config")
+        require_shared(workdir)
 
 
 def run(built: Built, workdir: Path) -> Outcome:
@@ -70,15 +80,16 @@ def run(built: Built, workdir: Path) -> Outcome:
     """
     e, parts = built.experiment, built.parts
     identity = run_identity(built)
+    require_same(f"{e} {identity}", "config and data")
     state = fresh_state(built)
     step_function = jax.jit(make_train_step(parts), donate_argnums=0)
     heldout = Heldout(built)
     with Checkpoints(workdir, e.checkpoint) as checkpoints, _stop_signals() as stop_asked:
-        start = checkpoints.latest
+        start = _agreed_step(checkpoints.latest)
+        if start is not None:
+            state, start = checkpoints.restore(abstract_like(state), identity, start)
         rows = RowChoice(built, workdir)
         data = rows.iterator(start or 0)
-        if start is not None:
-            state, start = checkpoints.restore(abstract_like(state), data, identity)
         config = dataclasses.asdict(e)
         with RunLog(
             workdir,
@@ -112,9 +123,10 @@ def restore(built: Built, workdir: Path, step: str = "") -> tuple[TrainState, in
         raise ValueError(none_such)
     with Checkpoints(workdir, built.experiment.checkpoint, read_only=True) as checkpoints:
         which = {"": checkpoints.latest, "best": checkpoints.best}.get(step, int(step) if step.isdecimal() else None)
+        which = _agreed_step(which)
         if which is None:
             raise ValueError(none_such)
-        return checkpoints.restore(abstract_like(fresh_state(built)), None, run_identity(built), which)
+        return checkpoints.restore(abstract_like(fresh_state(built)), run_identity(built), which)
 
 
 class RowChoice:
@@ -124,23 +136,16 @@ class RowChoice:
         self._built, self._workdir = built, workdir
         self._every = built.experiment.samples.rescore_every
         self._scorer: Scorer | None = None
+        self._now = built.train
 
     def due(self, step: int) -> bool:
         """Whether the student of this step is to choose for the next ones."""
         return self._every > 0 and step % self._every == 0 and step < self._built.experiment.train.steps
 
     def iterator(self, step: int) -> Any:
-        """Batches of the rows that hold after `step`, from their first; a restored state moves it on."""
-        e, phase = self._built.experiment, step // self._every if self._every else 0
-        return train_iterator(
-            self._rows(phase),
-            e.train.batch_size,
-            e.train.seed,
-            phase=phase,
-            teacher=None if self._built.cache is None else self._built.cache.columns,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        """Batches as they follow after `step`, of the rows that hold then."""
+        self._now = self._rows(self._phase(step))
+        return self._batches(step)
 
     def choose(self, step: int, params: Params) -> tuple[Any, float]:
         """(batches of the rows that this student keeps, the share of the rows so far that it keeps)."""
@@ -148,13 +153,31 @@ class RowChoice:
         if self._scorer is None:
             size = e.train.batch_size // e.train.accumulate
             self._scorer = make_scorer(built.parts.student, built.parts.teacher, e.samples, built.rules, size)
-        every, phase = built.data.train, step // self._every
+        every = built.data.train
         scores = self._scorer(params, built.teacher_params, every)
         kept = keep(scores, e.samples.fraction)
-        shared = overlap(self._rows(phase - 1).row_id, every.row_id[kept])
+        shared = overlap(self._now.row_id, every.row_id[kept])
+        basis = samples_basis(built)
         if jax.process_index() == 0:
-            write_samples(self._folder(phase), samples_basis(built), every, scores, kept, {"step": step})
-        return self.iterator(step), shared
+            write_samples(self._folder(self._phase(step)), basis, every, scores, kept, {"step": step})
+        self._now = take(every, kept)
+        return self._batches(step), shared
+
+    def _phase(self, step: int) -> int:
+        """How often rows were chosen anew before the step that follows; after the last step none is."""
+        return min(step, self._built.experiment.train.steps - 1) // self._every if self._every else 0
+
+    def _batches(self, step: int) -> Any:
+        e, phase = self._built.experiment, self._phase(step)
+        return train_iterator(
+            self._now,
+            e.train.batch_size,
+            e.train.seed,
+            phase=phase,
+            start=step - phase * self._every,
+            fed=fed_places(self._built.rules, e.train.batch_size, e.train.accumulate),
+            teacher=None if self._built.cache is None else self._built.cache.columns,
+        )
 
     def _rows(self, phase: int) -> Rows:
         if phase == 0:
@@ -208,8 +231,8 @@ class _Running:
             columns = next(self.data)
             batch = place(columns, self.built.rules, e.train.accumulate)
             state, report = step_function(state, self.built.teacher_params, batch)
-            window.dispatched(step, report, columns)
-            interrupted = step < total and self.stop_asked()
+            window.dispatched(step, report, columns, batch)
+            interrupted = self.stop_asked() and step < total
             if self.rows.due(step):
                 window.settle()
                 self.data, overlap = self.rows.choose(step, state.params)
@@ -220,7 +243,7 @@ class _Running:
                 window.settle()  # a step that went wrong must never reach a checkpoint
                 found = self.evaluate(step, state.params) if evaluate_now and not interrupted else None
                 kl = None if found is None or found.kl is None else found.kl.value
-                self.checkpoints.save(step, state, self.data, self.identity, kl)
+                self.checkpoints.save(step, state, self.identity, kl)
                 window.restart_clock()
             if window.shown:
                 progress.update(step, **window.shown)
@@ -228,7 +251,7 @@ class _Running:
                 break
         progress.close()
         self.checkpoints.wait()
-        if not interrupted and (start < total or not (workdir / "report.html").is_file()):
+        if not interrupted and (start < total or agreed(not (workdir / "report.html").is_file())):
             write_after(workdir, self.built, state)
         return Outcome(step if start < total else start, interrupted, self.evaluation)
 
@@ -238,17 +261,18 @@ class _Window:
 
     def __init__(self, log: RunLog, every: int) -> None:
         self._log, self._every = log, every
-        self._pending: tuple[int, StepReport, np.ndarray] | None = None
+        self._pending: tuple[int, StepReport, jax.Array] | None = None
         self._sums: dict[str, np.ndarray] = {}
         self._tokens = 0
         self._clock = time.perf_counter()
         self.shown: dict[str, float] = {}
 
-    def dispatched(self, step: int, report: StepReport, columns: dict[str, np.ndarray]) -> None:
-        """A step was sent to the device; the one before it is looked at meanwhile."""
+    def dispatched(self, step: int, report: StepReport, columns: dict[str, np.ndarray], batch: Batch) -> None:
+        """A step was sent to the device; the one before it is looked at meanwhile. columns: what this process fed."""
         self.settle()
-        self._tokens += int(np.sum(columns["segment_ids"] > 0)) * jax.process_count()
-        self._pending = (step, report, columns["row_id"])
+        share = columns["row_id"].size / batch.row_id.size
+        self._tokens += round(np.sum(columns["segment_ids"] > 0) / share)
+        self._pending = (step, report, batch.row_id)
 
     def settle(self) -> None:
         """Wait for the pending step, stop the run if it is not finite, write a line if one is due."""
@@ -276,26 +300,32 @@ class _Window:
 
 
 def place(columns: dict[str, np.ndarray], rules: Rules, accumulate: int) -> Batch:
-    """This process's rows as micro-batches on the devices: [A, B, ...], B split over the mesh."""
+    """The rows that this process feeds as micro-batches on the devices: [A, B, ...], B split over the mesh."""
 
     def column(array: np.ndarray) -> jax.Array:
-        array = array.reshape(accumulate, -1, *array.shape[1:])
-        if rules.mesh is None:
-            return jax.device_put(array)
-        sharding = NamedSharding(rules.mesh, P(None, *rules.batch_spec(array.ndim - 1)))
-        return jax.make_array_from_process_local_data(sharding, array)
+        return on_mesh(array.reshape(accumulate, -1, *array.shape[1:]), rules, axis=1)
 
     return as_batch(columns, column)
 
 
-def _require_finite(step: int, sums: dict[str, np.ndarray], report: StepReport, row_ids: np.ndarray) -> None:
+def _agreed_step(step: int | None) -> int | None:
+    found = agreed(-1 if step is None else step)
+    return None if found < 0 else found
+
+
+def _require_mesh(experiment: Experiment) -> None:
+    if experiment.mesh.preset == "single":
+        raise ValueError(
+            f"mesh.preset must spread a run over its {jax.process_count()} processes, got 'single', with which each of "
+            "them would train by itself. Set it to 'fsdp' or 'dp', or start one process."
+        )
+
+
+def _require_finite(step: int, sums: dict[str, np.ndarray], report: StepReport, row_ids: jax.Array) -> None:
     if np.isfinite(sums["loss"][0]) and np.isfinite(sums["grad_norm"][0]):
         return
-    local = [np.asarray(shard.data).reshape(-1) for shard in report.finite_rows.addressable_shards]
-    finite = (
-        np.asarray(report.finite_rows).reshape(-1) if report.finite_rows.is_fully_addressable else np.concatenate(local)
-    )
-    rows = row_ids[~finite] if finite.size == row_ids.size and not finite.all() else row_ids
+    finite, ids = (_whole(array).reshape(-1) for array in (report.finite_rows, row_ids))
+    rows = ids if finite.all() else ids[~finite]
     raise NonFinite(
         f"step {step} must have a finite loss and gradient, got loss {sums['loss'][0]:g} and gradient norm "
         f"{sums['grad_norm'][0]:g} from the rows {', '.join(map(str, rows.tolist()))} of the training data; nothing of "
@@ -303,9 +333,18 @@ def _require_finite(step: int, sums: dict[str, np.ndarray], report: StepReport, 
     )
 
 
+def _whole(array: jax.Array) -> np.ndarray:
+    gathered = array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(gathered)
+
+
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within the block SIGTERM and the first SIGINT are noted instead of ending the process."""
+    """Within the block SIGTERM and the first SIGINT are noted instead of ending the process.
+
+    Yields stop(), to be called after every step is dispatched: whether to stop there. With several processes it is true
+    in all of them at the same step, if one of them was asked before the step ahead of it.
+    """
     asked: list[int] = []
     before = {}
 
@@ -316,7 +355,22 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
     for number in (signal.SIGTERM, signal.SIGINT):
         before[number] = signal.signal(number, note)
     try:
-        yield lambda: bool(asked)
+        yield (lambda: bool(asked)) if jax.process_count() == 1 else _asked_anywhere(asked)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _asked_anywhere(asked: list[int]) -> Callable[[], bool]:
+    """stop() for several processes: a sum over all devices that is looked at one call later, when it has been made."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("every",))
+    spread, whole = (jax.sharding.NamedSharding(mesh, spec) for spec in (P("every"), P()))
+    total = jax.jit(jnp.sum, out_shardings=whole)
+    sums: list[jax.Array] = []
+
+    def stop() -> bool:
+        own = np.array([bool(asked)], np.int32)
+        sums.append(total(jax.make_array_from_callback((jax.device_count(),), spread, lambda index: own)))
+        return len(sums) > 1 and int(sums.pop(0)) > 0
+
+    return stop

@@ -51,12 +51,12 @@ def write_after(workdir: Path, built: Built, state: TrainState) -> None:
     """The rest, and report.html."""
     path = workdir / FILE
     data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"completions": []}
-    prompts = [entry["prompt"] for entry in data["completions"]]
+    prompts = _prompts(built)  # not those of the file, which may be late on other hosts
     if prompts:
-        for entry, text in zip(
-            data["completions"], _complete(built, built.student_cfg, state.params, prompts), strict=True
-        ):
-            entry["after"] = text
+        said = {entry["prompt"]: entry for entry in data["completions"]}
+        texts = _complete(built, built.student_cfg, state.params, prompts)
+        answers = zip(prompts, texts, strict=True)
+        data["completions"] = [said.get(prompt, {"prompt": prompt}) | {"after": text} for prompt, text in answers]
     _write(workdir, data | _summary(workdir, built) | _text_page(built, state))
     if jax.process_index() == 0:
         write_report(workdir)
@@ -146,7 +146,8 @@ def _summary(workdir: Path, built: Built) -> dict[str, Any]:
     } | ({} if built.teacher is None else {"teacher": built.teacher.fingerprint[:16]})
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     versions |= {"kdjax": kdjax.__version__, "python": platform.python_version()}
-    command = shlex.join(["python", "-m", _module(), *sys.argv[1:]])
+    # In a notebook the command line is that of its kernel.
+    command = "" if "ipykernel" in sys.modules else shlex.join(["python", "-m", _module(), *sys.argv[1:]])
     return {"summary": summary, "versions": versions, "fingerprints": prints, "command": command}
 
 

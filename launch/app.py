@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from launch import processes
+
 # transformers announces at import that torch is absent; here it always may be.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 # libtpu, which requirements-dev.txt has as a compiler, complains where it finds no TPU and no names for one.
-if not any(vendor.read_text().strip() == "0x1ae0" for vendor in Path("/sys/bus/pci/devices").glob("*/vendor")):
+if not processes.tpu_chips():
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
@@ -31,7 +34,10 @@ def define_config() -> None:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Parse the flags and call `main`; bad input (ValueError, OSError) ends with its message and exit code 2."""
+    """Parse the flags and call `main`; bad input (ValueError, OSError) ends with its message and exit code 2.
+
+    One of several processes that fails, however, leaves the others at once.
+    """
 
     def guarded(arguments: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
@@ -39,7 +45,14 @@ def run(main: Callable[[], int | None]) -> None:
         try:
             code = main()
         except (ValueError, OSError, FloatingPointError) as error:
-            sys.exit(_told(error))
+            code = _told(error)
+            if processes.several():
+                processes.leave(code)
+        except BaseException:
+            if processes.several():
+                traceback.print_exc()
+                processes.leave(1)
+            raise
         sys.exit(code or 0)
 
     app.run(guarded, flags_parser=_parse)
@@ -55,6 +68,11 @@ def require(name: str) -> Any:
     value = FLAGS[name].value
     if value is None:
         raise ValueError(f"--{name} must be set, got nothing. See --help.")
+    if name == "workdir" and "://" in str(value):
+        raise ValueError(
+            f"--workdir must be a directory, got {value!r}; a bucket has to be mounted to hold a run. Mount it, and "
+            "give the directory."
+        )
     return value
 
 

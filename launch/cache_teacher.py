@@ -1,7 +1,8 @@
 """Run the teacher once and keep what it says: python -m launch.cache_teacher --config=configs/x.py --workdir=runs/x
 
 Writes the entries that classes.* describes, at the rows that samples.* keeps, to <workdir>/cache or cache.path. Can be
-stopped and started again at any time; several processes can share the work (--process_index, --process_count).
+stopped and started again at any time. Several processes can share the work: with a mesh over the devices of all
+(launch/processes.py), or each with a teacher of its own and at its own time (--process_index, --process_count).
 --inspect=runs/x/cache [--verify=100]: what a cache holds and takes; with --verify all its bytes are checked, and that
 many rows are run through the teacher again and compared.
 """
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from launch import app
+from launch import app, processes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
     from kdjax.teacher.cache import CacheReader, CacheWriter
 
 app.define_config()
-flags.DEFINE_integer("process_index", 0, "Which of --process_count processes this is, each writing its own shards.")
-flags.DEFINE_integer("process_count", 1, "How many processes share the work.", lower_bound=1)
+processes.define()
+flags.DEFINE_integer("process_index", 0, "Which of --process_count processes this is, each with a teacher of its own.")
+flags.DEFINE_integer("process_count", 1, "How many such processes share the work.", lower_bound=1)
 flags.DEFINE_string("inspect", None, "A cache to describe, instead of writing one.")
 flags.DEFINE_integer("verify", 0, "--inspect: rows to run through the teacher again; 0 = none.", lower_bound=0)
 
@@ -36,6 +38,7 @@ ALIKE = 0.999  # share of entries that must be the same on verification: other h
 def main() -> int | None:
     """Flags -> build -> shards, or a description."""
     if flags.FLAGS.inspect is not None:
+        processes.join()
         return inspect(Path(flags.FLAGS.inspect), flags.FLAGS.verify)
     from kdjax.config import from_config_dict
 
@@ -45,6 +48,13 @@ def main() -> int | None:
         raise ValueError(
             "teacher.source must be 'cache', got 'live'; training would not read what is written here. Set it to "
             "'cache' in the config."
+        )
+
+    processes.join()
+    if flags.FLAGS.process_count > 1 and processes.several():
+        raise ValueError(
+            f"--process_count must be 1 in a run of several processes, got {flags.FLAGS.process_count}; they share the "
+            "work by themselves. Leave it out, or start each with --processes=1."
         )
 
     from kdjax import loop
@@ -57,8 +67,7 @@ def main() -> int | None:
     path = cache_path(experiment, workdir)
     writer = open_writer(built, rows, path, shlex.join(["python", "-m", "launch.cache_teacher", *sys.argv[1:]]))
     fill(built, rows, writer)
-    finished = not writer.missing(verify=False)
-    if finished:
+    if processes.first() and not writer.missing(verify=False):
         print(f"next: {shlex.join(['python', '-m', 'launch.train', *_common(sys.argv[1:])])}")
     return None
 
@@ -70,15 +79,13 @@ def fill(built: "Built", rows: "Rows", writer: "CacheWriter") -> None:
     from kdjax.run_log import Progress
     from kdjax.teacher.cache import open_cache
 
-    shards = writer.missing(flags.FLAGS.process_index, flags.FLAGS.process_count)
-    for why in writer.damaged.values():
-        print(f"written anew: {why}")
+    shards, mine = to_do(writer)
     own = range(flags.FLAGS.process_index, writer.header.shards, flags.FLAGS.process_count)
     if not shards:
-        print(f"{writer.directory}: nothing to do, all {len(own)} shards are there")
+        processes.say(f"{writer.directory}: nothing to do, all {len(own)} shards are there")
         return
     if len(shards) < len(own):
-        print(f"{writer.directory}: {len(own) - len(shards)} of {len(own)} shards are there, the rest follows")
+        processes.say(f"{writer.directory}: {len(own) - len(shards)} of {len(own)} shards are there, the rest follows")
     total = sum(len(writer.rows(shard)) for shard in shards)
     recorder = make_recorder(teacher_pass(built), built.teacher_params, built.student_params)
     progress, start, done, tokens = Progress(total, unit="row"), time.perf_counter(), 0, 0
@@ -88,11 +95,33 @@ def fill(built: "Built", rows: "Rows", writer: "CacheWriter") -> None:
         done, tokens = done + 1, tokens + count
         progress.update(done, tokens_per_second=tokens / (time.perf_counter() - start))
 
-    write_shards(writer, rows, recorder, shards, on_row)
+    write_shards(writer, rows, recorder, shards, on_row, mine=mine)
     progress.close()
+    processes.wait("the shards are written")
     seconds = time.perf_counter() - start
-    print(f"{total:,} rows, {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")
-    described(open_cache(writer.directory, partial=True))
+    processes.say(f"{total:,} rows, {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")
+    if processes.first():
+        described(open_cache(writer.directory, partial=True))
+
+
+def to_do(writer: "CacheWriter") -> tuple[list[int], list[int]]:
+    """(the shards to compute, those of them to write here); processes that share a mesh compute all of them together.
+
+    Each of these looks at its own part of the files, so that all of them go through the same list.
+    """
+    import numpy as np
+
+    if not processes.several():
+        shards = writer.missing(flags.FLAGS.process_index, flags.FLAGS.process_count)
+        for why in writer.damaged.values():
+            print(f"written anew: {why}")
+        return shards, shards
+    mine = writer.missing(*processes.place())
+    for why in writer.damaged.values():
+        print(f"written anew: {why}")
+    missing = np.zeros(writer.header.shards, np.int32)
+    missing[mine] = 1
+    return np.flatnonzero(processes.gathered(missing).any(0)).tolist(), mine
 
 
 def described(reader: "CacheReader") -> None:
@@ -148,15 +177,16 @@ def inspect(path: Path, verify: int) -> int | None:
     from kdjax.teacher.cache import open_cache
 
     reader = open_cache(path, partial=True)
-    described(reader)
-    made = reader.header.made
-    print(f"  made by kdjax {made.get('kdjax')} at {made.get('at')}: {made.get('command')}")
-    for field in dataclasses.fields(reader.header):
-        if field.name != "made":
-            print(f"  {field.name:16}{getattr(reader.header, field.name)}")
+    if processes.first():
+        described(reader)
+        made = reader.header.made
+        print(f"  made by kdjax {made.get('kdjax')} at {made.get('at')}: {made.get('command')}")
+        for field in dataclasses.fields(reader.header):
+            if field.name != "made":
+                print(f"  {field.name:16}{getattr(reader.header, field.name)}")
     if verify:
         reader.verify()
-        print(f"every byte of {len(reader.present)} shards is as it was written")
+        processes.say(f"every byte of {len(reader.present)} shards is as it was written")
         return compare(reader, verify)
     return None
 
@@ -196,9 +226,9 @@ def compare(reader: "CacheReader", wanted: int) -> int:
             )
             same, total, rows = same + int(alike.all(1).sum()), total + len(alike), rows + 1
     share = same / max(total, 1)
-    print(f"{rows} rows run again: {same:,} of {total:,} positions have the same entries ({share:.4%})")
+    processes.say(f"{rows} rows run again: {same:,} of {total:,} positions have the same entries ({share:.4%})")
     if share < ALIKE:
-        print("WRONG: this is not what the teacher says; the cache must not be used")
+        processes.say("WRONG: this is not what the teacher says; the cache must not be used")
         return 2
     return 0
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from launch import app
+from launch import app, processes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kdjax.build import Built
 
 app.define_config()
+processes.define()
 flags.DEFINE_integer("agreement", 256, "Rows scored in full as well if samples.positions < 1; 0 = none.", lower_bound=0)
 flags.DEFINE_integer("batch_size", 0, "Rows a call; 0 = those of a micro-batch of training.", lower_bound=0)
 
@@ -42,8 +43,11 @@ def main() -> None:
         print("samples.fraction is 1: all rows are used and there is nothing to choose.")
         return
 
+    processes.join()
+
     from kdjax import curation, loop, registry
     from kdjax.build import build, samples_basis
+    from kdjax.checkpoint import agreed
 
     score = registry.lookup(curation.SCORES, wanted.score, "samples.score")
     if score.needs_teacher and not experiment.teacher.path:
@@ -54,19 +58,22 @@ def main() -> None:
     built = build(experiment, live_teacher=score.needs_teacher)
     rows, basis = built.data.train, samples_basis(built)
     found, why = curation.reusable(workdir, basis)
-    if found is not None and found.manifest["fraction"] == wanted.fraction:
+    anew = agreed(found is None)
+    if not anew and not processes.first():
+        return  # what is left concerns files
+    if anew or found is None:
+        if why:
+            processes.say(f"scored anew, because the choice that was there does not hold: {why}")
+        scores, made = scored(built)
+    elif found.manifest["fraction"] == wanted.fraction:
         print(f"the rows are chosen already, nothing was scored: {workdir / 'samples'}")
         show(built, found.scores, curation.positions_of(found, rows), found.manifest["made"], workdir)
         return
-    if why:
-        print(f"scored anew, because the choice that was there does not hold: {why}")
-    if found is None:
-        scores, made = scored(built)
     else:
         print(f"the scores of {found.manifest['file']} hold for another fraction too; nothing was scored")
         scores, made = found.scores, found.manifest["made"]
     kept = curation.keep(scores, wanted.fraction)
-    if _first():
+    if processes.first():
         curation.write_samples(workdir, basis, rows, scores, kept, made)
     show(built, scores, kept, made, workdir)
 
@@ -127,7 +134,7 @@ def show(built: "Built", scores: "np.ndarray", kept: "np.ndarray", made: dict[st
     """The summary: what was kept, how the scores are spread, what it took, where it is and what comes next."""
     import numpy as np
 
-    if not _first():
+    if not processes.first():
         return
     tokens, score = (built.data.train.segment_ids > 0).sum(1), built.experiment.samples.score
     share = tokens[kept].sum() / tokens.sum()
@@ -165,12 +172,6 @@ def _shared(arguments: list[str]) -> list[str]:
             kept.append(argument)
         own = own and argument.startswith("-") and not assigned  # its value is the next word
     return kept
-
-
-def _first() -> bool:
-    import jax
-
-    return bool(jax.process_index() == 0)
 
 
 if __name__ == "__main__":

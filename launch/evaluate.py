@@ -11,18 +11,20 @@ from pathlib import Path
 from absl import flags
 
 from kdjax.run_log import write_whole
-from launch import app
+from launch import app, processes
 
 flags.DEFINE_string("workdir", None, "The directory of a run.")
 flags.DEFINE_string("step", "", "Which checkpoint: a step, 'best', or '' for the newest.")
 flags.DEFINE_integer("rows", None, "Held-out rows; 0 = all; default: eval.rows of the run.", lower_bound=0)
 flags.DEFINE_bool("before", True, "Evaluate the student before training as well.")
+processes.define()
 flags.DEFINE_string("out", None, "A JSON file to write: step, before, after.")
 
 
 def main() -> None:
     """Workdir -> build -> two evaluations -> table."""
     workdir = Path(app.require("workdir"))
+    processes.join()
 
     from kdjax import loop
     from kdjax.build import build, load_experiment
@@ -37,6 +39,8 @@ def main() -> None:
     heldout = loop.Heldout(built)
     before = heldout(built.student_params).to_dict() if flags.FLAGS.before else None
     after = heldout(state.params).to_dict()
+    if not processes.first():
+        return
     print(f"{workdir}, step {step}")
     print(table(before, after))
     if flags.FLAGS.out is not None:

@@ -1,13 +1,15 @@
 """Distil: python -m launch.train --config=configs/quickstart.py --workdir=runs/mine [--config.train.steps=200 ...]
 
-Goes on from the newest checkpoint in --workdir if there is one. SIGTERM or Ctrl-C: saves, says how to go on, exits 0.
+Goes on from the newest checkpoint in --workdir if there is one, also with other devices or another number of processes
+(launch/processes.py). SIGTERM or Ctrl-C, to any of them: saves, says how to go on, exits 0.
 """
 
 from pathlib import Path
 
-from launch import app
+from launch import app, processes
 
 app.define_config()
+processes.define()
 
 
 def main() -> None:
@@ -16,6 +18,7 @@ def main() -> None:
 
     experiment = from_config_dict(app.require("config"))
     workdir = Path(app.require("workdir"))
+    processes.join()
 
     from kdjax import loop
     from kdjax.build import build
@@ -23,6 +26,8 @@ def main() -> None:
 
     loop.claim_workdir(workdir, experiment)
     outcome = loop.run(build(experiment, workdir), workdir)
+    if not processes.first():
+        return
     if outcome.interrupted:
         print(f"stopped at step {outcome.step} of {experiment.train.steps}, all saved; run the same command to go on")
         return

@@ -98,16 +98,21 @@ def params_fingerprint(params: Params) -> str:
 
     def digest(entry: tuple[Any, Any]) -> bytes:
         path, leaf = entry
-        sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, NamedSharding) and not leaf.is_fully_addressable:  # parts are with other processes
-            leaf = jax.device_put(leaf, NamedSharding(sharding.mesh, P()))
         array = np.ascontiguousarray(np.asarray(leaf))
         said = f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}"
         return hashlib.sha256(said.encode() + array.reshape(-1).view(np.uint8).data).digest()
 
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
-        digests = pool.map(digest, jax.tree_util.tree_leaves_with_path(params))
+        digests = pool.map(digest, ((path, _here(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(params)))
         return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _here(leaf: Any) -> Any:
+    """The leaf, whole if parts of it are with other processes; these have to ask for all leaves in the same order."""
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(sharding, NamedSharding) and not leaf.is_fully_addressable:
+        return np.asarray(jax.device_put(leaf, NamedSharding(sharding.mesh, P())))
+    return leaf
 
 
 def write_samples(

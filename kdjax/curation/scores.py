@@ -26,7 +26,7 @@ from kdjax.selection.policies.base import budget, eligible_count, exact, sortabl
 from kdjax.selection.signals import CERTAIN, position_noise
 from kdjax.selection.stats import NEEDS_TEACHER, token_stats
 from kdjax.sharding import Rules
-from kdjax.step import LanguageModel
+from kdjax.step import LanguageModel, side_specs
 from kdjax.types import Array, Batch, Params, Selection, gather_slots, targets_of
 
 RANDOM_SCORE, RANDOM_POSITIONS = 3, 4  # purposes of noise; 1 and 2 are those of selection/choose.py
@@ -82,11 +82,11 @@ def make_scorer(
     score = registry.lookup(SCORES, samples.score, "samples.score")
     if not score.needs:
         return lambda student_params, teacher_params, rows, on_batch=None: _random_scores(rows, samples.seed)
-    parts = math.lcm(rules.batch_shards, jax.process_count())
+    parts = rules.batch_shards
     if batch_size < 1 or batch_size % parts:
         raise ValueError(
             f"batch_size must be a positive multiple of the mesh's {parts} devices, got {batch_size}; each takes the "
-            "same number of rows. Change it or mesh.devices."
+            "same number of rows. Change it or mesh.shape."
         )
     step = make_score_step(student, teacher, samples, rules)
 
@@ -96,7 +96,7 @@ def make_scorer(
         if not len(rows):
             raise ValueError("rows must not be empty; there is nothing to score.")
         tokens = np.cumsum((rows.segment_ids > 0).sum(1))
-        batches = (_place(columns, rules) for columns in heldout_batches(rows, batch_size))
+        batches = (to_batch(columns, rules) for columns in heldout_batches(rows, batch_size))
         found = []
         for pair in _in_order(step, student_params, teacher_params, batches):
             found.append(pair)
@@ -126,7 +126,7 @@ def make_score_step(
                 "and teacher.source to 'live', or samples.score to 'student_entropy'."
             )
         models.append(teacher)
-    specs = [(rules.batch_spec(3), model.head_spec) for model in models]
+    specs = [side_specs(model, rules) for model in models]
 
     def local(sides: list[Any], batch: Batch) -> Array:
         labels, valid = targets_of(batch)
@@ -134,7 +134,7 @@ def make_score_step(
             slots = random_positions(batch, valid, samples)
             sides = [(gather_slots(hidden, slots.index), head) for hidden, head in sides]
             labels, valid = gather_slots(labels, slots.index), slots.weight > 0
-        whole = [(h, rules.gather_head(head, spec[1])) for (h, head), spec in zip(sides, specs, strict=True)]
+        whole = rules.with_heads(sides, specs)
         pair = whole[1] if len(whole) > 1 else None
         stats = token_stats(score.needs, whole[0], pair, labels, implementation=rules.kernels)
         values = jnp.where(valid, score.of(*(getattr(stats, name) for name in score.needs)), 0.0)
@@ -210,13 +210,6 @@ def _in_order(step: ScoreStep, student_params: Params, teacher_params: Params, b
             yield jax.device_get(pending)
         pending = sent
     yield jax.device_get(pending)
-
-
-def _place(columns: dict[str, np.ndarray], rules: Rules) -> Batch:
-    """This process's rows of the global batch on its devices."""
-    part = len(columns["row_id"]) // jax.process_count()
-    first = part * jax.process_index()
-    return to_batch({name: column[first : first + part] for name, column in columns.items()}, rules)
 
 
 def _means(total: np.ndarray, count: np.ndarray, rows: Rows, name: str) -> np.ndarray:

@@ -8,7 +8,7 @@ was resumed, changes a matrix product; the bytes written are the same.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from kdjax.kernels.linear_stats import linear_stats
 from kdjax.selection import Chooser
 from kdjax.selection.stats import token_stats
 from kdjax.sharding import Rules
-from kdjax.step import LanguageModel
+from kdjax.step import LanguageModel, side_specs
 from kdjax.teacher import drawn_entries, live_targets
 from kdjax.teacher.cache import CacheWriter, RowRecord
 from kdjax.teacher.classes import ClassSampler
@@ -57,14 +57,14 @@ def make_pass_step(of: TeacherPass) -> Callable[[Params, Params, Batch, Array], 
     """The jitted (teacher_params, student_params, batch, key) -> arrays [B, S, ...] at the stored positions.
 
     "index" [B, S], "filled" bool [B, S], "ids", "codes" [B, S, K], "entropy" [B, S], and "label_logp" [B, S] if asked
-    for. student_params is read if there is a student.
+    for. student_params is read if there is a student. Under a mesh the arrays are whole on every device.
     """
     rules = of.rules
     sides = [of.teacher] + ([] if of.student is None else [of.student])
-    specs = [(rules.batch_spec(3), side.head_spec) for side in sides]
+    specs = [side_specs(side, rules) for side in sides]
 
     def local(models: list[tuple[Array, Head]], batch: Batch, key: Array) -> dict[str, Array]:
-        whole = [(h, rules.gather_head(head, spec[1])) for (h, head), spec in zip(models, specs, strict=True)]
+        whole = rules.with_heads(models, specs)
         labels, valid = targets_of(batch)
         student = whole[1] if len(whole) > 1 else None
         stats = token_stats(of.chooser.needs, student, None, labels, implementation=rules.kernels)
@@ -90,7 +90,7 @@ def make_pass_step(of: TeacherPass) -> Callable[[Params, Params, Batch, Array], 
         key_spec = jax.sharding.PartitionSpec()
         run = rules.rowwise(local, (specs, batch_specs, key_spec), rules.batch_spec(1))
         out: dict[str, Array] = run(models, batch, key)
-        return out
+        return {name: rules.reshard(rows, jax.sharding.PartitionSpec()) for name, rows in out.items()}
 
     return jax.jit(pass_step)
 
@@ -126,10 +126,12 @@ def write_shards(
     recorder: Callable[[Rows], Iterator[RowRecord]],
     shards: list[int],
     on_row: Callable[[int], None] = lambda tokens: None,
+    mine: Container[int] | None = None,
 ) -> None:
     """Compute and write these shards, one after the other; `on_row(its tokens)` after each row.
 
-    rows: all rows of the cache, in its order. Raises OSError if the disk is full; what is finished stands.
+    rows: all rows of the cache, in its order. mine: those of the shards that this process writes, None = all; processes
+    that share a mesh compute all of them. Raises OSError if the disk is full; what is finished stands.
     """
     for shard in shards:
         part = take(rows, writer.rows(shard))
@@ -138,7 +140,8 @@ def write_shards(
         for record, count in zip(recorder(part), tokens, strict=True):
             records.append(record)
             on_row(int(count))
-        writer.write(shard, records)
+        if mine is None or shard in mine:
+            writer.write(shard, records)
 
 
 def _records(

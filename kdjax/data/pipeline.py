@@ -34,45 +34,91 @@ def train_iterator(
     seed: int,
     *,
     phase: int = 0,
+    start: int = 0,
+    fed: np.ndarray | None = None,
     teacher: TeacherColumns | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> grain.DatasetIterator[Columns]:
     """Batches without end; every epoch holds each row once, in a new order that depends on `seed` and `phase` alone.
 
-    The epochs follow one another without a gap, so a batch may hold rows of two of them. Of each global batch of
-    `batch_size` rows process p gets the p-th of `process_count` equal parts: together they are the batch of one.
-    `get_state` / `set_state` are exact and do not depend on the number of processes. phase: counts the choices of rows.
-    teacher: reads what a cache holds for the rows of a batch; it runs, like the rest, in threads ahead of the step.
+    The epochs follow one another without a gap, so a batch may hold rows of two of them. start: batches that were taken
+    already; it is all that a resumed run needs to know. fed: the places in the global batch whose rows are wanted here
+    (`fed_places`), None = all; which row has which place depends on neither processes nor devices. phase: counts the
+    choices of rows. teacher: reads what a cache holds for the rows; it runs, like the rest, in threads ahead of the
+    step.
     """
     import grain
 
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    if not 0 <= process_index < process_count or batch_size % process_count:
-        raise ValueError(
-            f"train.batch_size must be a multiple of the number of processes, got {batch_size} rows for process "
-            f"{process_index} of {process_count}; every process feeds the same number of rows. Change train.batch_size."
-        )
+    if batch_size < 1 or start < 0:
+        raise ValueError(f"batch_size must be at least 1 and start at least 0, got {batch_size} and {start}.")
     if not len(rows):
         raise ValueError("rows must not be empty; there is nothing to iterate over.")
-    part = batch_size // process_count
+    places = np.arange(batch_size) if fed is None else fed
     # grain shuffles epoch e with seed + e. A hash keeps the second epoch of seed 0 apart from the first of seed 1.
     name = f"shuffle {seed}" + (f" phase {phase}" if phase else "")
     digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
     order = grain.MapDataset.range(len(rows)).shuffle(seed=int.from_bytes(digest, "little")).repeat(None)
 
     def batch(step: int) -> Columns:
-        first = step * batch_size + process_index * part
-        index = np.array([order[at] for at in range(first, first + part)])
-        columns = _columns(rows, index, np.arange(first, first + part) // len(rows))
+        wanted = step * batch_size + places
+        index = np.array([order[int(at)] for at in wanted])
+        columns = _columns(rows, index, wanted // len(rows))
         if teacher is not None:
-            part_rows = take(rows, index)
-            columns["teacher"] = teacher(part_rows.row_id, part_rows.row_hash, eligible(part_rows))
+            part = take(rows, index)
+            columns["teacher"] = teacher(part.row_id, part.row_hash, eligible(part))
         return columns
 
-    steps = grain.MapDataset.range(sys.maxsize // batch_size).map(batch)
+    steps = grain.MapDataset.range(start, sys.maxsize // batch_size).map(batch)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+
+def fed_places(rules: Rules, rows: int, accumulate: int = 1) -> np.ndarray:
+    """int64 [n], ascending: the places in a batch of `rows` whose rows this process has to feed to its devices.
+
+    The batch is `accumulate` micro-batches, one after the other, each of them split over the mesh. A row may be fed by
+    several processes, if the mesh repeats it. Raises ValueError if the rows do not divide, or no device is this
+    process's.
+    """
+    size = rows // accumulate
+    if rows % accumulate or size % rules.batch_shards:
+        raise ValueError(
+            f"rows must be a multiple of accumulate times the {rules.batch_shards} parts that the mesh cuts a batch "
+            f"into, got {rows} and {accumulate}. Change train.batch_size or mesh.shape."
+        )
+    shards = _local_shards(rules)
+    within = (shards[:, None] * (size // rules.batch_shards) + np.arange(size // rules.batch_shards)).reshape(-1)
+    return (np.arange(accumulate)[:, None] * size + within).reshape(-1)
+
+
+def on_mesh(array: np.ndarray, rules: Rules, axis: int = 0) -> jax.Array:
+    """The array whose `axis` is split over the mesh, from this process's part of it in the order of `fed_places`."""
+    if rules.mesh is None:
+        return jax.device_put(array)
+    shards = _local_shards(rules)
+    size = array.shape[axis] // len(shards)
+    shape = (*array.shape[:axis], size * rules.batch_shards, *array.shape[axis + 1 :])
+
+    def part(index: Any) -> np.ndarray:
+        first, stop, _ = index[axis].indices(shape[axis])
+        at = int(np.searchsorted(shards, first // size)) * size
+        return array[(*index[:axis], slice(at, at + stop - first), *index[axis + 1 :])]
+
+    sharding = NamedSharding(rules.mesh, P(*[None] * axis, *rules.batch_spec(array.ndim - axis)))
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def _local_shards(rules: Rules) -> np.ndarray:
+    """int64, ascending: which parts of a batch are on devices of this process."""
+    count, sharding = rules.batch_shards, rules.batch(1)
+    if sharding is None:
+        return np.arange(1)
+    found = sharding.addressable_devices_indices_map((count,)).values()
+    starts = sorted({index[0].indices(count)[0] for index in found if index is not None})
+    if not starts:
+        raise ValueError(
+            "mesh.shape must take devices of every process, got a mesh without those of process "
+            f"{jax.process_index()}. Raise its sizes until all devices are used; -1 takes what is left."
+        )
+    return np.array(starts)
 
 
 def heldout_batches(rows: Rows, batch_size: int, limit: int = 0) -> Iterator[Columns]:
@@ -87,10 +133,11 @@ def heldout_batches(rows: Rows, batch_size: int, limit: int = 0) -> Iterator[Col
 
 
 def to_batch(columns: Mapping[str, np.ndarray], rules: Rules = Rules()) -> Batch:
-    """The batch on the devices; under a mesh `columns` are this process's rows of the global batch, split by rows."""
+    """The batch on the devices; under a mesh split by rows. `columns` are those of all its rows, in every process."""
     if rules.mesh is None:
         return as_batch(columns, jnp.asarray)
-    return as_batch(columns, lambda c: jax.make_array_from_process_local_data(rules.batch(c.ndim), c))
+    fed = fed_places(rules, len(columns["row_id"]))
+    return as_batch(columns, lambda column: on_mesh(column[fed], rules))
 
 
 def as_batch(columns: Mapping[str, Any], put: Callable[[np.ndarray], jax.Array]) -> Batch:

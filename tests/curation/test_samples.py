@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax.config import Samples
+from kdjax.config import Mesh, Samples
 from kdjax.curation import (
     SCORES,
     Basis,
@@ -249,7 +249,7 @@ def test_a_fingerprint_is_of_every_value_shape_type_and_name():
 
 
 def test_a_fingerprint_does_not_depend_on_the_mesh():
-    rules = make_rules("fsdp")
+    rules = make_rules(Mesh("fsdp"))
     params = {"a": jnp.arange(64.0).reshape(16, 4)}
     spec = jax.sharding.PartitionSpec("data")
     split = jax.device_put(params, jax.NamedSharding(rules.mesh, spec))

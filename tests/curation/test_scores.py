@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from kdjax.config import Samples
+from kdjax.config import Mesh, Samples
 from kdjax.curation import SCORES, agreement, keep, make_scorer, overlap
 from kdjax.curation.scores import make_score_step
 from kdjax.data import heldout_batches, take, to_batch
@@ -69,7 +69,7 @@ def test_padding_is_not_looked_at(small):
 @pytest.mark.parametrize("name", SCORES)
 @pytest.mark.parametrize("preset", ["dp", "fsdp"])
 def test_eight_devices_score_as_one(small, name, preset):
-    rules = make_rules(preset)
+    rules = make_rules(Mesh(preset))
     model, params = small.bigram_model(rules), (small.student, small.teacher)
     if preset == "fsdp":  # a head that is stored in parts, V = 37 padded to 40 columns
         model = dataclasses.replace(model, head_spec=rules.storage_spec(("embed", "vocab"), (3, 40)))
@@ -199,7 +199,7 @@ def test_an_unknown_score_is_refused(small):
 
 
 def test_batches_that_do_not_divide_are_refused(small):
-    rules = make_rules("dp")
+    rules = make_rules(Mesh("dp"))
     with pytest.raises(ValueError, match=r"^batch_size must be a positive multiple of the mesh's 8 devices, got 12;"):
         make_scorer(small.bigram_model(rules), None, Samples(), rules, 12)
 

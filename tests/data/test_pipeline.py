@@ -1,14 +1,16 @@
 """Batches: no row lost or repeated, exact resume, the same global order for any number of processes."""
 
+import dataclasses
 import itertools
 
 import jax
 import numpy as np
 import pytest
 
-from kdjax.data import heldout_batches, make_rows, take, to_batch, train_iterator
+from kdjax.config import Mesh
+from kdjax.data import fed_places, heldout_batches, make_rows, on_mesh, take, to_batch, train_iterator
 from kdjax.data.encode import Encoded
-from kdjax.sharding import make_rules
+from kdjax.sharding import Rules, make_rules
 from kdjax.types import Batch
 
 
@@ -63,39 +65,76 @@ def test_columns_are_the_rows_they_name():
 
 
 @pytest.mark.parametrize("done", [0, 1, 2, 5, 8])
-def test_state_restores_exactly_across_epoch_borders(done):
+def test_a_run_that_goes_on_starts_where_it_was_across_epoch_borders(done):
     rows = some_rows(7)  # 4 to a batch: batches 1, 3, 5 and 6 cross a border
     straight = train_iterator(rows, 4, 3)
     some_batches(straight, done)
-    state = straight.get_state()
-    want = some_batches(straight, 5)
-    fresh = train_iterator(rows, 4, 3)
-    some_batches(fresh, 2)  # what it prefetched before must not come back
-    fresh.set_state(state)
-    assert_same(some_batches(fresh, 5), want)
-    assert fresh.get_state() == straight.get_state()
+    assert_same(some_batches(train_iterator(rows, 4, 3, start=done), 5), some_batches(straight, 5))
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_together_yield_the_batches_of_one(processes):
-    rows = some_rows(7)
-    whole = some_batches(train_iterator(rows, 8, 1), 5)
-    parts = [
-        some_batches(train_iterator(rows, 8, 1, process_index=p, process_count=processes), 5) for p in range(processes)
-    ]
-    joined = [
-        {name: np.concatenate([part[name] for part in step]) for name in step[0]} for step in zip(*parts, strict=True)
-    ]
+@dataclasses.dataclass(frozen=True)
+class Part(Rules):
+    """The rules of a process that has only these of the devices."""
+
+    own: tuple[int, ...] = ()
+
+    def batch(self, ndim):
+        return Own(super().batch(ndim), self.own)
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+    sharding: jax.sharding.Sharding
+    own: tuple[int, ...]
+
+    def addressable_devices_indices_map(self, shape):
+        found = self.sharding.addressable_devices_indices_map(shape)
+        return {device: index for device, index in found.items() if device.id in self.own}
+
+
+def part_of(rules, own):
+    return Part(**{field.name: getattr(rules, field.name) for field in dataclasses.fields(rules)}, own=tuple(own))
+
+
+# Of 8 devices: halves; every other one; the rows of a grid whose columns are model shards, so that both have all rows.
+SPLITS = {
+    "halves": (Mesh("dp"), [range(4), range(4, 8)]),
+    "interleaved": (Mesh("fsdp"), [(0, 2, 4, 6), (1, 3, 5, 7)]),
+    "repeated": (Mesh("tp", "model:2,data:4"), [range(4), range(4, 8)]),
+}
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("split", SPLITS)
+def test_processes_together_feed_the_batches_of_one(split, accumulate):
+    mesh, devices = SPLITS[split]
+    rows, rules, size = some_rows(7), make_rules(mesh), 16 * accumulate
+    whole = some_batches(train_iterator(rows, size, 1), 3)
+    joined = [{name: np.zeros_like(column) for name, column in batch.items()} for batch in whole]
+    seen = np.zeros(size, int)
+    for own in devices:
+        fed = fed_places(part_of(rules, own), size, accumulate)
+        assert fed.tolist() == sorted(fed.tolist())
+        seen[fed] += 1
+        for target, part in zip(joined, some_batches(train_iterator(rows, size, 1, fed=fed), 3), strict=True):
+            for name, column in part.items():
+                target[name][fed] = column
     assert_same(joined, whole)
+    assert set(seen.tolist()) == ({2} if split == "repeated" else {1})
 
 
-def test_a_state_may_be_restored_under_another_number_of_processes():
-    rows = some_rows(7)
-    one = train_iterator(rows, 4, 1)
-    some_batches(one, 3)
-    second = train_iterator(rows, 4, 1, process_index=1, process_count=2)
-    second.set_state(one.get_state())
-    np.testing.assert_array_equal(next(second)["row_id"], next(one)["row_id"][2:])
+@pytest.mark.parametrize("mesh", [mesh for mesh, _ in SPLITS.values()], ids=str)
+def test_rows_are_on_the_mesh_in_their_order(mesh):
+    rules = make_rules(mesh)
+    column = np.arange(2 * 16 * 3).reshape(2, 16, 3)
+    placed = on_mesh(column, rules, axis=1)
+    np.testing.assert_array_equal(np.asarray(placed), column)
+    assert placed.sharding.shard_shape(column.shape) == (2, 16 // rules.batch_shards, 3)
+
+
+def test_a_process_without_a_device_of_the_mesh_is_an_error():
+    with pytest.raises(ValueError, match=r"mesh\.shape must take devices of every process, got a mesh without"):
+        fed_places(part_of(make_rules(Mesh("dp")), ()), 8)
 
 
 @pytest.mark.parametrize(("limit", "sizes"), [(0, [4, 4, 2]), (5, [4, 1]), (4, [4]), (99, [4, 4, 2])])
@@ -118,7 +157,7 @@ def test_to_batch_puts_columns_on_the_device_or_splits_them_over_the_mesh():
     (columns,) = heldout_batches(some_rows(8), 8)
     plain = to_batch(columns)
     assert isinstance(plain, Batch)
-    rules = make_rules("dp", jax.device_count())
+    rules = make_rules(Mesh("dp"))
     split = to_batch(columns, rules)
     assert split.tokens.sharding.shard_shape(split.tokens.shape) == (8 // jax.device_count(), 4)
     for name, column in columns.items():
@@ -129,13 +168,11 @@ def test_to_batch_puts_columns_on_the_device_or_splits_them_over_the_mesh():
 
 def test_bad_sizes_are_errors():
     rows = some_rows(4)
-    with pytest.raises(
-        ValueError, match=r"train\.batch_size must be a multiple of the number of processes, got 6 rows"
-    ):
-        train_iterator(rows, 6, 0, process_index=1, process_count=4)
-    with pytest.raises(ValueError, match="for process 2 of 2"):
-        train_iterator(rows, 4, 0, process_index=2, process_count=2)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    rules = make_rules(Mesh("dp"))
+    for size, accumulate in ((12, 1), (16, 4), (16, 3)):
+        with pytest.raises(ValueError, match=rf"rows must be a multiple of .* 8 parts .* got {size} and {accumulate}"):
+            fed_places(rules, size, accumulate)
+    with pytest.raises(ValueError, match="batch_size must be at least 1 and start at least 0, got 0 and 0"):
         train_iterator(rows, 0, 0)
     with pytest.raises(ValueError, match="rows must not be empty"):
         train_iterator(take(rows, slice(0, 0)), 2, 0)

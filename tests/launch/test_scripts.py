@@ -300,6 +300,7 @@ def refusal(done):
         (["--wrokdir=x"], r"Unknown command line flag 'wrokdir'\. Did you mean: workdir\? See --help\."),
         (["train"], r"options must start with --, got 'train'\. See --help\."),
         ([], r"--workdir must be set, got nothing\. See --help\."),
+        (["--workdir=gs://bucket/run"], r"--workdir must be a directory, got 'gs://bucket/run'; .* Mount it, and .*"),
     ],
 )
 def test_bad_flags_of_train(arguments, message):

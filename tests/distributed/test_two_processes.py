@@ -1,0 +1,296 @@
+"""Two processes with four devices each, over loopback, do what one with eight does; they stop and they fail together.
+
+One pair of processes goes through all scenes, because a process costs seconds to start; the tests look at what it left.
+To be quick, the model is small and XLA optimises little, in all processes alike.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from process_worker import ROOT, run_script
+
+from kdjax import models
+from kdjax.models import synthetic
+from kdjax.models.hf_io import save_hf
+
+LOST_SECONDS = 20
+STEPS = 4
+VALUES = {
+    "student.init.layers": 1,
+    "data.seq_len": 32,
+    "data.max_train_tokens": 0,
+    "samples.fraction": 0.5,
+    "samples.rescore_every": 2,
+    "selection.policy": "threshold",  # its queue holds positions of all rows of a batch, in their order
+    "selection.queue": 100,
+    "classes.entries": 20,
+    "cache.rows_per_shard": 16,
+    "mesh.preset": "fsdp",
+    "train.batch_size": 16,
+    "train.steps": STEPS,
+    "train.log_every": 1,
+    "optim.warmup": 1,
+    "eval.rows": 4,
+    "eval.completions": 0,
+    "checkpoint.every": 1,
+    "checkpoint.keep": STEPS,
+    "log.tensorboard": False,
+}
+# A live teacher, and so many steps that there is time to disturb it.
+LONG = {
+    "teacher.source": "live",
+    "classes.kind": "all",
+    "samples.fraction": 1.0,
+    "samples.rescore_every": 0,
+    "selection.policy": "top_fraction",
+    "train.steps": 100000,
+    "checkpoint.every": 2,
+    "checkpoint.keep": 1000,
+}
+# Tensor parallelism across the processes: both hold all rows.
+ACROSS = {"mesh.preset": "tp", "mesh.shape": "model:2,data:4", "checkpoint.every": 100000}
+
+
+def typed(workdir, **changes):
+    """The arguments of a command for a workdir beside which are the text and the teacher."""
+    paths = {"data.path": workdir.parent / "text.jsonl", "teacher.path": workdir.parent / "teacher"}
+    overrides = [f"--config.{name}={value}" for name, value in (VALUES | paths | changes).items()]
+    return [f"--config={ROOT}/configs/se_kd_3x.py", f"--workdir={workdir}", *overrides]
+
+
+def stop_at(monkeypatch, step):
+    """Runs in this process are asked to stop after so many steps of theirs."""
+    from kdjax import loop
+
+    @contextlib.contextmanager
+    def signals():
+        calls = itertools.count(1)
+        yield lambda: next(calls) == step
+
+    monkeypatch.setattr(loop, "_stop_signals", signals)
+
+
+def lines(workdir, name="metrics.jsonl"):
+    path = workdir / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def cut_back(workdir, target, step):
+    """A copy of a run as it was when the checkpoint of `step` was the newest."""
+    shutil.copytree(workdir, target)
+    for folder in (target / "checkpoints").iterdir():
+        if folder.name.isdecimal() and int(folder.name) > step:
+            shutil.rmtree(folder)
+
+
+@dataclasses.dataclass
+class Pair:
+    """The directory of all runs; what two processes said there, and how they ended."""
+
+    root: pathlib.Path
+    out: list[str]
+    err: list[str]
+    codes: list[int]
+    stopped: int = 0
+    seconds_to_end: float = 0.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pair")
+    said = [{"text": f"{i} bottles of beer on the wall, {i % 7} of milk; take {i % 5} down."} for i in range(60)]
+    (root / "text.jsonl").write_text("\n".join(map(json.dumps, said)))
+    cfg = dataclasses.replace(synthetic.config(), layers=2, width=32, heads=2, mlp=64, head_dim=16)
+    save_hf(root / "teacher", cfg, models.init_params(cfg, jax.random.key(0)), synthetic.make_tokenizer())
+    for script in ("curate", "cache_teacher", "train"):
+        run_script(script, *typed(root / "one"))
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 4)
+        run_script("train", *typed(root / "short", **LONG))
+    cut_back(root / "short", root / "long", 2)
+    scenes = [(script, *typed(root / "two")) for script in ("curate", "cache_teacher", "train")]
+    scenes.append(("train", *typed(root / "long", **LONG | ACROSS)))
+    scenes.append(("evaluate", f"--workdir={root / 'two'}"))
+    logs, started = start(root, scenes)
+    found = Pair(root, [], [], [])
+    try:
+        disturb(found, started, logs)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    found.out, found.err = ([pair[kind].read_text() for pair in logs] for kind in (0, 1))
+    found.codes = [process.returncode for process in started]
+    return found
+
+
+def start(root, scenes):
+    """(files of standard output and error, processes): two, that go through the scenes together but for the last."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    quick = {"JAX_NUM_CPU_DEVICES": "4", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | quick
+    logs, started = [(root / f"{index}.out", root / f"{index}.err") for index in range(2)], []
+    for index, (out, err) in enumerate(logs):
+        flags = [f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process={index}"]
+        own = [list(map(str, scene)) for scene in (scenes if index == 0 else [*scenes[:-1], ("sleep",)])]
+        worker = [sys.executable, "-u", str(pathlib.Path(__file__).with_name("process_worker.py"))]
+        with open(out, "w") as to, open(err, "w") as errors:
+            command = [*worker, json.dumps(own), *flags, f"--lost_seconds={LOST_SECONDS}"]
+            started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=to, stderr=errors))
+    return logs, started
+
+
+def until(condition, processes, within=300):
+    end = time.monotonic() + within
+    while not condition():
+        if any(process.poll() is not None for process in processes) or time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def disturb(found, started, logs):
+    """SIGTERM to process 1 when both train; kill -9 when process 0 waits for it."""
+    long = found.root / "long"
+    if not until(lambda: lines(long)[-1]["step"] > 4, started):  # those up to 4 are of the copy
+        return
+    started[1].send_signal(signal.SIGTERM)
+    if not until(lambda: all("train 3 is done" in out.read_text() for out, _ in logs), started):
+        return
+    found.stopped = lines(long)[-1]["step"]
+    started[1].kill()
+    begun = time.monotonic()
+    until(lambda: False, started[:1], 3 * LOST_SECONDS)
+    found.seconds_to_end = time.monotonic() - begun
+
+
+def said(pair):
+    return "\n".join(text[-3000:] for text in (*pair.out, *pair.err))
+
+
+def test_all_scenes_were_gone_through(pair):
+    for out in pair.out:
+        done = [line for line in out.splitlines() if line.endswith("is done")]
+        assert done == ["curate 0 is done", "cache_teacher 1 is done", "train 2 is done", "train 3 is done"], said(pair)
+    assert "2 processes, 8 x cpu" in pair.err[0]
+
+
+def test_the_same_rows_are_kept(pair):
+    one, two = pair.root / "one/samples", pair.root / "two/samples"
+    (expected,) = one.glob("*.npz")
+    assert (two / expected.name).read_bytes() == expected.read_bytes()
+    wanted, found = (json.loads((run / "manifest.json").read_text()) for run in (one, two))
+    assert {**found, "made": None} == {**wanted, "made": None}
+    assert 0 < found["kept"] < found["rows"]
+
+
+def test_the_same_rows_are_kept_by_the_student_of_step_2(pair):
+    """Its weights differ in the last bits, as sums over devices do."""
+    one, two = (np.load(next((pair.root / run / "rescored/step-2/samples").glob("*.npz"))) for run in ("one", "two"))
+    with one, two:
+        np.testing.assert_array_equal(two["kept"], one["kept"])
+        np.testing.assert_allclose(two["scores"], one["scores"], rtol=1e-5)
+
+
+def test_the_cache_is_the_same_byte_for_byte(pair):
+    one, two = ({p.name: p.read_bytes() for p in (pair.root / run / "cache").iterdir()} for run in ("one", "two"))
+    assert len([name for name in one if name.startswith("shard-")]) > 2
+    headers = [{**json.loads(run.pop("header.json")), "made": None} for run in (one, two)]
+    assert headers[0] == headers[1]
+    assert one == two
+
+
+def close(found, expected):
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for line, wanted in zip(found, expected, strict=True):
+        assert line.keys() == wanted.keys()
+        for name in line.keys() - {"seconds", "tokens_per_second"}:
+            assert line[name] == pytest.approx(wanted[name], rel=1e-5, abs=1e-6), (line["step"], name)
+
+
+def held_out(workdir):
+    last = lines(workdir, "evals.jsonl")[-1]
+    assert last["step"] == STEPS
+    return [last[name]["value"] for name in ("kl", "agreement") if last[name]] + [last["student"]["nll"]["value"]]
+
+
+def test_training_is_the_same(pair):
+    one, two = pair.root / "one", pair.root / "two"
+    wanted = lines(one)
+    assert [line["step"] for line in wanted if "loss" in line] == [1, 2, 3, 4]
+    assert all(0 < line["selected_fraction"] < 1 for line in wanted if "loss" in line)
+    close(lines(two), wanted)
+    assert held_out(two) == pytest.approx(held_out(one), rel=1e-5)
+
+
+def test_a_run_of_two_processes_goes_on_in_one(pair, monkeypatch):
+    cut_back(pair.root / "two", pair.root / "from_two", 2)
+    stop_at(monkeypatch, 1)
+    run_script("train", *typed(pair.root / "from_two"))
+    wanted = lines(pair.root / "one")
+    close(lines(pair.root / "from_two"), [line for line in wanted if line["step"] <= 3])
+
+
+def test_a_run_of_one_process_goes_on_in_two_with_tensor_parallelism_across_them(pair):
+    """Written by one process under fsdp, at step 2; both have all rows now, and half of every layer."""
+    short, long = lines(pair.root / "short"), lines(pair.root / "long")
+    assert [line["step"] for line in short] == [1, 2, 3, 4]
+    close(long[:4], short)
+    assert long[:2] == short[:2]
+    assert json.loads((pair.root / "long/config.json").read_text())["mesh"]["shape"] == "model:2,data:4"
+
+
+def test_process_0_alone_speaks(pair):
+    assert pair.out[0].count("held out: ") == 1
+    assert "step 4/4" in pair.err[0]
+    assert [line for line in pair.out[1].splitlines() if not line.startswith("[Gloo]")] == [
+        "curate 0 is done",
+        "cache_teacher 1 is done",
+        "train 2 is done",
+        "train 3 is done",
+    ]
+    assert "step 4/4" not in pair.err[1]
+
+
+def test_a_signal_to_one_process_stops_all_of_them_at_one_step(pair):
+    assert pair.stopped, said(pair)
+    wanted = f"stopped at step {pair.stopped} of 100000, all saved; run the same command to go on"
+    assert wanted in pair.out[0].splitlines()
+    assert [line["step"] for line in lines(pair.root / "long")] == list(range(1, pair.stopped + 1))
+
+
+def test_what_they_saved_then_is_there_for_one_process(pair, capsys):
+    run_script("evaluate", f"--workdir={pair.root / 'long'}", f"--step={pair.stopped}", "--nobefore")
+    out = capsys.readouterr().out
+    assert out.startswith(f"{pair.root / 'long'}, step {pair.stopped}\n")
+    assert "KL to the teacher" in out
+
+
+def test_a_lost_process_ends_the_other_with_a_message(pair):
+    assert pair.codes == [4, -signal.SIGKILL], said(pair)
+    assert pair.seconds_to_end < 2.5 * LOST_SECONDS
+    last = pair.err[0].splitlines()[-1]
+    assert last.startswith("error: another process of this run is lost or failed; ")
+    assert "Start all processes again with the same command" in last
