@@ -7,6 +7,7 @@ comes out proves lowering, alignment and that everything fits; it proves neither
 import dataclasses
 import functools
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -22,25 +23,39 @@ from jax.sharding import PartitionSpec as P
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One kind of chip: how its compiler calls it, and the vendor's peak figures (bf16 FLOP/s, bytes/s, bytes)."""
+    """One kind of chip: how its compiler calls it, and the vendor's peak figures (bf16 FLOP/s, bytes/s, bytes).
+
+    All figures are of one JAX device: of tpu7x, whose chips are two devices, half the chip's.
+    interconnect: bytes/s that leave it over all its links (ICI, NVLink), half of a published two-way figure.
+    network: bytes/s that leave it for another slice; None = no figure of the vendor is known here.
+    dimensions: of a slice's shape; 1 = a plain count. host: chips of one host. devices: JAX devices of one chip.
+    """
 
     platform: str
     topology: str
     flops: float
     bandwidth: float
     memory: float
+    interconnect: float
+    network: float | None
+    dimensions: int
+    host: tuple[int, ...]
     options: tuple[tuple[str, Any], ...] = ()
+    devices: int = 1
 
 
 ONE_HOST = (("chips_per_host_bounds", (1, 1, 1)),)
+# Interconnect, one way: 2400, 1600, 4800, 3200, 4800 Gbit/s a chip, NVLink 450 GB/s. Network: 25, 50, 100 Gbit/s a chip
+# of v5e (6.4 Tbit/s a pod of 256), v5p, v6e; 400 Gbit/s a GPU.
 CHIPS = {
-    "v4": Chip("tpu", "v4:2x2x1", 275e12, 1.2e12, 32e9),
-    "v5e": Chip("tpu", "v5e:1x1", 197e12, 0.82e12, 16e9, ONE_HOST),
-    "v5p": Chip("tpu", "v5p:2x2x1", 459e12, 2.77e12, 95e9),
-    "v6e": Chip("tpu", "v6e:1x1", 918e12, 1.64e12, 32e9, ONE_HOST),
-    "tpu7x": Chip("tpu", "tpu7x:2x2x1", 1154e12, 3.69e12, 96e9),
-    "h100": Chip("gpu", "1x1x1", 989e12, 3.35e12, 80e9),
+    "v4": Chip("tpu", "v4:2x2x1", 275e12, 1.2e12, 32e9, 300e9, None, 3, (2, 2, 1)),
+    "v5e": Chip("tpu", "v5e:1x1", 197e12, 0.82e12, 16e9, 200e9, 3.1e9, 2, (2, 2, 1), ONE_HOST),
+    "v5p": Chip("tpu", "v5p:2x2x1", 459e12, 2.77e12, 95e9, 600e9, 6.25e9, 3, (2, 2, 1)),
+    "v6e": Chip("tpu", "v6e:1x1", 918e12, 1.64e12, 32e9, 400e9, 12.5e9, 2, (2, 2, 1), ONE_HOST),
+    "tpu7x": Chip("tpu", "tpu7x:2x2x1", 1154e12, 3.69e12, 96e9, 300e9, None, 3, (2, 2, 1), devices=2),
+    "h100": Chip("gpu", "1x1x1", 989e12, 3.35e12, 80e9, 450e9, 50e9, 1, (8,)),
 }
+SHAPES = "v5e:4x4, v6e:2x4, v4:2x2x2, v5p:4x4x4, tpu7x:2x2x1, h100:8; two slices: v5e:4x4:2"
 
 # From public specifications; the compiler wants limits, not estimates.
 _H100 = (
@@ -67,14 +82,84 @@ def unavailable(chip: str) -> str | None:
     return None
 
 
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Slices of one shape, of one kind of chip."""
+
+    chip: str
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def chips(self) -> int:
+        """Of all slices."""
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def device_count(self) -> int:
+        """JAX devices of all slices."""
+        return self.chips * CHIPS[self.chip].devices
+
+    def __str__(self) -> str:
+        """As it is typed."""
+        return f"{self.chip}:{'x'.join(map(str, self.shape))}" + (f":{self.slices}" if self.slices > 1 else "")
+
+
+def parse_topology(text: str) -> Topology:
+    """'v5e:4x4', 'v5p:2x2x2', 'h100:8'; 'v5e:4x4:2' is two slices. ValueError that says what is possible."""
+
+    def must(what: str) -> ValueError:
+        return ValueError(f"--topology {what}, got {text!r}. Such as {SHAPES}.")
+
+    name, *rest = text.split(":")
+    if name not in CHIPS:
+        raise must(f"must begin with one of {', '.join(CHIPS)}")
+    chip = CHIPS[name]
+    sizes, slices = (rest[0] if rest else "").split("x"), rest[1] if len(rest) > 1 else "1"
+    if not all(size.isdecimal() and int(size) for size in sizes) or len(sizes) != chip.dimensions:
+        axes = {1: "a number of GPUs", 2: "two sizes", 3: "three sizes"}[chip.dimensions]
+        raise must(f"of {name} must have {axes} behind the colon")
+    if len(rest) > 2 or not (slices.isdecimal() and int(slices)):
+        raise must("may end with a colon and a number of slices")
+    shape = tuple(map(int, sizes))
+    # A slice is made of whole hosts, or is one chip; a host's GPUs may be used in part.
+    whole = all(size % host == 0 for size, host in zip(shape, chip.host, strict=False))
+    part = math.prod(shape) == 1 or (chip.dimensions == 1 and shape < chip.host)
+    if not whole and not part:
+        hosts = "x".join(map(str, chip.host[: chip.dimensions]))
+        raise must(f"of {name} must be made of whole hosts of {hosts} chips, or be one chip")
+    return Topology(name, shape, int(slices))
+
+
+@functools.cache
+def topology_devices(topology: Topology) -> tuple[Any, ...]:
+    """The compile-only devices of a topology, slice after slice. ValueError if nothing can be compiled for it here."""
+    reason = unavailable(topology.chip)
+    if reason is not None:
+        raise ValueError(f"--topology must be one that can be compiled for here, got '{topology}'; {reason}.")
+    chip = CHIPS[topology.chip]
+    if chip.platform == "gpu":
+        hosts, each = max(1, topology.chips // chip.host[0]), min(topology.chips, chip.host[0])
+        return _described("gpu", f"1x{hosts}x{each}")
+    bounds = (1, 1, 1) if math.prod(topology.shape) == 1 else chip.host
+    name = f"{topology.chip}:{'x'.join(map(str, topology.shape))}"
+    # v4 would be two devices a chip; its users see one, as v5p's do.
+    whole = (("chip_config_name", "megacore"),) if topology.chip == "v4" else ()
+    slices = (("num_slices", topology.slices),) if topology.slices > 1 else ()
+    return _described("tpu", name, (("chips_per_host_bounds", bounds), *whole, *slices))
+
+
 @functools.cache
 def _devices(chip: str) -> tuple[Any, ...]:
-    entry = CHIPS[chip]
-    if entry.platform == "gpu":
-        description = topologies.get_topology_desc("gpu", "cuda", target_config=_H100, topology=entry.topology)
+    return _described(CHIPS[chip].platform, CHIPS[chip].topology, CHIPS[chip].options)
+
+
+def _described(platform: str, name: str, options: tuple[tuple[str, Any], ...] = ()) -> tuple[Any, ...]:
+    if platform == "gpu":
+        description = topologies.get_topology_desc("gpu", "cuda", target_config=_H100, topology=name)
     else:
         # libtpu reads these when it is first loaded: several processes may load it, no log, no metadata server.
-        for name, value in {
+        for variable, value in {
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
             "TPU_SKIP_MDS_QUERY": "1",
             "TPU_WORKER_HOSTNAMES": "localhost",
@@ -82,8 +167,8 @@ def _devices(chip: str) -> tuple[Any, ...]:
             "TPU_STDERR_LOG_LEVEL": "3",
             "TPU_MIN_LOG_LEVEL": "3",
         }.items():
-            os.environ.setdefault(name, value)
-        description = topologies.get_topology_desc(entry.topology, "tpu", **dict(entry.options))
+            os.environ.setdefault(variable, value)
+        description = topologies.get_topology_desc(name, "tpu", **dict(options))
     return tuple(description.devices)
 
 

@@ -2,11 +2,16 @@
 
 Rows and targets of the text, parameters, and the memory of the compiled train step, from shapes alone. --out: the same
 as a JSON file.
+
+--topology=v5e:4x4 (also v4, v5p, v6e, tpu7x, h100:8; v5e:4x4:2 is two slices) compiles the step for chips that are not
+here: HBM of a chip by kind against what it has, bytes sent between chips, FLOPs, an estimate of the time, disk, and
+what to change if it does not fit. Needs libtpu, or the CUDA plugin; neither weights nor text.
 """
 
 import json
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
 
@@ -14,10 +19,23 @@ from kdjax.run_log import write_whole
 from launch import app
 
 if TYPE_CHECKING:
+    from kdjax.analysis.plan_figures import Program
     from kdjax.config import Experiment
+    from kdjax.models import ModelConfig
+    from kdjax.sharding import Rules
+    from kdjax.step import StepParts
 
 app.define_config()
 flags.DEFINE_string("out", None, "A JSON file to write.")
+flags.DEFINE_string("topology", None, "Plan for these chips, such as v5e:4x4, h100:8; default: what is here.")
+
+
+class Step(NamedTuple):
+    """A train step as shapes: its parts, and what goes in by kind, in the order of its arguments."""
+
+    parts: "StepParts"
+    inputs: dict[str, Any]
+    arguments: tuple[Any, ...]
 
 
 def main() -> None:
@@ -25,10 +43,16 @@ def main() -> None:
     from kdjax.config import from_config_dict
 
     experiment = from_config_dict(app.require("config"))
-    of_step = step_figures(experiment)  # first, because names that do not exist are found there at once
-    found = data_figures(experiment) | of_step
-    for name, value in found.items():
-        print(f"{name.replace('_', ' '):28}{value:>16,}")
+    if flags.FLAGS.topology is not None:
+        from kdjax.analysis.plan_text import render
+
+        found = topology_figures(experiment, flags.FLAGS.topology)
+        print(render(found), end="")
+    else:
+        of_step = step_figures(experiment)  # first, because names that do not exist are found there at once
+        found = data_figures(experiment) | of_step
+        for name, value in found.items():
+            print(f"{name.replace('_', ' '):28}{value:>16,}")
     if flags.FLAGS.out is not None:
         write_whole(Path(flags.FLAGS.out), json.dumps(found) + "\n")
 
@@ -55,40 +79,147 @@ def step_figures(experiment: "Experiment") -> dict[str, int]:
     import jax
 
     from kdjax import models
-    from kdjax.build import DTYPES, build_parts
-    from kdjax.data import abstract_batch
-    from kdjax.models import prune
     from kdjax.models.io import load_config
     from kdjax.sharding import make_rules
-    from kdjax.step import init_state, make_train_step
+    from kdjax.step import make_train_step
 
-    e = experiment
-    rules = make_rules(e.mesh.preset, e.mesh.devices, e.mesh.kernels)
-    teacher = load_config(e.teacher.path) if e.teacher.path else None
-    if e.student.init.kind == "cut" and teacher is not None:
-        keep = e.student.init.keep or prune.default_keep(teacher.layers, e.student.init.layers)
-        student = prune.cut_config(teacher, keep)
-    else:
-        student = load_config(e.student.path, where="student.path")
-    parts = build_parts(e, student, teacher, rules)
-    params = models.abstract_params(student, rules)
-    dtype = DTYPES[e.teacher.dtype]
-    teacher_params: Any = ()
-    if teacher is not None and parts.teacher is not None:
-        teacher_params = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, dtype, sharding=a.sharding), models.abstract_params(teacher, rules)
-        )
-    state = jax.eval_shape(lambda p: init_state(parts, p, 0), params)
-    step = jax.jit(make_train_step(parts), donate_argnums=0)
-    vocab = min(cfg.vocab_size for cfg in (student, teacher) if cfg is not None)
-    compiled = step.lower(state, teacher_params, abstract_batch(e, rules, vocab)).compile().memory_analysis()
-    found = {"student_parameters": sum(leaf.size for leaf in jax.tree.leaves(params))}
+    student, teacher = shapes(experiment, lambda path, where: load_config(path, where=where))
+    step = abstract_step(experiment, student, teacher, make_rules(experiment.mesh))
+    compiled = jax.jit(make_train_step(step.parts), donate_argnums=0).lower(*step.arguments).compile().memory_analysis()
+    found = _sizes(student=step.inputs["student parameters"])
     if teacher is not None:
-        found["teacher_parameters"] = sum(leaf.size for leaf in jax.tree.leaves(models.abstract_params(teacher)))
+        found |= _sizes(teacher=models.abstract_params(teacher))
     if compiled is not None:  # not every backend says
         found["step_temporary_bytes"] = compiled.temp_size_in_bytes
         found["step_argument_bytes"] = compiled.argument_size_in_bytes
     return found
+
+
+def topology_figures(experiment: "Experiment", name: str) -> dict[str, Any]:
+    """The plan of an experiment for a topology (see kdjax/analysis/plan_figures.py), with those of `step_figures`."""
+    from kdjax import aot, models
+    from kdjax.analysis import plan_figures, plan_work
+    from kdjax.build import build_chooser, build_objective
+    from kdjax.models.known_configs import shape_of
+
+    e, topology, notes = experiment, aot.parse_topology(name), []
+
+    def known(path: str, where: str) -> "ModelConfig":
+        cfg, note = shape_of(path, where=where)
+        if note and note not in notes:
+            notes.append(note)
+        return cfg
+
+    student, teacher = shapes(e, known)
+    rules = target_rules(e, topology)
+    of_teacher = rules.of_preset(e.teacher.preset)
+    step = abstract_step(e, student, teacher, rules)
+    program = compile_step(step, rules)
+    ours = plan_work.Side(
+        student, plan_work.ITEM_BYTES[e.student.compute_dtype], rules.batch_shards, rules.model_shards
+    )
+    theirs = None
+    if teacher is not None and step.parts.teacher is not None:
+        size = plan_work.ITEM_BYTES[e.teacher.dtype]
+        theirs = plan_work.Side(teacher, size, of_teacher.batch_shards, of_teacher.model_shards)
+    platform = aot.CHIPS[topology.chip].platform
+    work = plan_work.describe(e, ours, theirs, build_chooser(e.selection), build_objective(e.loss), platform)
+    found = plan_figures.figures(e, topology, program, work, rules, of_teacher, notes)
+    text = _text_if_here(e)
+    sizes = _sizes(student=step.inputs["student parameters"])
+    if teacher is not None:
+        sizes |= _sizes(teacher=models.abstract_params(teacher))
+    if program.analysis is not None:
+        sizes["step_temporary_bytes"] = program.analysis.temp_size_in_bytes
+        sizes["step_argument_bytes"] = program.analysis.argument_size_in_bytes
+    return (text or {}) | sizes | found | {"text": text}
+
+
+def shapes(e: "Experiment", config_of: Any) -> tuple["ModelConfig", "ModelConfig | None"]:
+    """(student, teacher) by their paths; config_of(path, where) reads one."""
+    from kdjax.models import prune
+
+    teacher = config_of(e.teacher.path, "teacher.path") if e.teacher.path else None
+    if e.student.init.kind == "cut" and teacher is not None:
+        keep = e.student.init.keep or prune.default_keep(teacher.layers, e.student.init.layers)
+        return prune.cut_config(teacher, keep), teacher
+    return config_of(e.student.path, "student.path"), teacher
+
+
+def abstract_step(e: "Experiment", student: "ModelConfig", teacher: "ModelConfig | None", rules: "Rules") -> Step:
+    """The step of an experiment on a mesh, as shapes."""
+    import jax
+
+    from kdjax import models
+    from kdjax.build import DTYPES, build_parts, check_rows
+    from kdjax.data import abstract_batch
+    from kdjax.step import init_state
+
+    check_rows(e, rules)
+    parts = build_parts(e, student, teacher, rules)
+    params = models.abstract_params(student, rules)
+    teacher_params: Any = ()
+    if teacher is not None and parts.teacher is not None:
+        teacher_params = models.abstract_params(teacher, rules.of_preset(e.teacher.preset), DTYPES[e.teacher.dtype])
+    state = jax.eval_shape(lambda p: init_state(parts, p, 0), params)
+    vocab = min(cfg.vocab_size for cfg in (student, teacher) if cfg is not None)
+    batch = abstract_batch(e, parts.rules, vocab)
+    inputs = {"student parameters": params, "optimiser and state": (state.opt_state, state.policy_state)}
+    inputs |= {"teacher parameters": teacher_params} if teacher_params else {}
+    return Step(parts, inputs | {"batch": batch}, (state, teacher_params, batch))
+
+
+def target_rules(e: "Experiment", topology: Any) -> "Rules":
+    """The rules of an experiment over the devices of a topology; "single" is a mesh of its first one."""
+    import dataclasses
+
+    from kdjax.aot import topology_devices
+    from kdjax.sharding import make_rules
+
+    devices = topology_devices(topology)
+    if e.mesh.preset != "single":
+        return make_rules(e.mesh, devices)
+    return make_rules(dataclasses.replace(e.mesh, preset="dp", shape=""), devices[:1])
+
+
+def compile_step(step: Step, rules: "Rules") -> "Program":
+    """Compile for the mesh's devices; a program that is too large comes back with the compiler's words."""
+    import jax
+
+    from kdjax.analysis.plan_figures import Program
+    from kdjax.step import make_train_step
+
+    start = time.perf_counter()
+    mesh: Any = rules.mesh  # of devices, which `target_rules` gives it
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(make_train_step(step.parts), donate_argnums=0).lower(*step.arguments)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            return refused_program(step, str(error), time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Program(step.inputs, compiled.as_text(), compiled.memory_analysis(), "", seconds)
+
+
+def refused_program(step: Step, message: str, seconds: float) -> "Program":
+    """What is left to plan with if the compiler refuses."""
+    from kdjax.analysis.plan_figures import Program
+
+    return Program(step.inputs, None, None, message, seconds)
+
+
+def _text_if_here(e: "Experiment") -> dict[str, int] | None:
+    """`data_figures`, or None where text or tokenizer are not at hand."""
+    try:
+        return data_figures(e)
+    except (ValueError, OSError):
+        return None
+
+
+def _sizes(**trees: Any) -> dict[str, int]:
+    import jax
+
+    return {f"{side}_parameters": sum(leaf.size for leaf in jax.tree.leaves(tree)) for side, tree in trees.items()}
 
 
 if __name__ == "__main__":

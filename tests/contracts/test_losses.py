@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdjax.config import Loss
+from kdjax.config import Loss, Mesh
 from kdjax.kernels.linear_divergence import Pair, linear_divergence
 from kdjax.losses import LOSSES
 from kdjax.sharding import make_rules
@@ -451,7 +451,7 @@ def test_mixtures_at_the_ends(name, share):
 
 def test_eight_devices():
     """All losses at once: totals and gradients of rows over 8 devices are those of one."""
-    rules, terms = make_rules("dp"), [factory(Loss()) for factory in LOSSES.values()]
+    rules, terms = make_rules(Mesh("dp")), [factory(Loss()) for factory in LOSSES.values()]
     numbers = np.random.default_rng(2)
     hidden, teacher = (jnp.asarray(numbers.normal(size=(16, 6)), jnp.float32) for _ in range(2))
     head, teacher_head = (Head(jnp.asarray(numbers.normal(size=(6, 9)), jnp.float32), 9) for _ in range(2))

@@ -107,3 +107,39 @@ def test_the_script_writes_what_it_prints(plan, built, live, tmp_path, monkeypat
     assert (found["train_rows"], found["train_tokens"]) == (32, 1024)
     assert found["heldout_targets"] == built.data.summary["heldout"]["targets"]
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == [f"{v:,}" for v in found.values()]
+
+
+def test_the_script_prints_and_writes_the_plan_of_a_topology(plan, tmp_path, monkeypatch, capsys):
+    from kdjax.analysis import plan_text
+
+    asked = []
+    monkeypatch.setattr(plan, "topology_figures", lambda experiment, name: asked.append(name) or {"made": "of figures"})
+    monkeypatch.setattr(plan_text, "render", lambda found: f"page {found['made']}\n")
+    monkeypatch.setattr(plan.app, "require", lambda name: default_config())
+    flags.FLAGS([sys.argv[0], "--topology=v5e:2x4", f"--out={tmp_path / 'plan.json'}"])
+    try:
+        plan.main()
+    finally:
+        flags.FLAGS["topology"].unparse()
+    assert asked == ["v5e:2x4"]
+    assert capsys.readouterr().out == "page of figures\n"
+    assert json.loads((tmp_path / "plan.json").read_text()) == {"made": "of figures"}
+
+
+def test_text_that_is_not_at_hand_is_no_error(plan, experiment):
+    missing = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, path="nowhere.txt"))
+    assert plan._text_if_here(missing) is None
+    with pytest.raises(ValueError, match=r"^data\.path must be"):
+        plan.data_figures(missing)
+    assert plan._text_if_here(experiment)["train_rows"] == 32
+
+
+def test_rows_that_the_mesh_does_not_divide_are_refused(plan, experiment):
+    from kdjax.models import synthetic
+    from kdjax.sharding import PRESETS, Rules
+
+    mesh = jax.sharding.AbstractMesh((3,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    cfg = synthetic.config()
+    message = r"^train\.batch_size / train\.accumulate must be a multiple of the 3 parts"
+    with pytest.raises(ValueError, match=message):
+        plan.abstract_step(experiment, cfg, cfg, Rules(mesh, PRESETS["fsdp"]))

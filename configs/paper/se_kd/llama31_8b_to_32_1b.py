@@ -1,0 +1,60 @@
+"""SE-KD's recipe on another pair of models: Llama-3.1-8B into Llama-3.2-1B on FineWeb-Edu.
+
+Command:   python -m launch.plan  --config=configs/paper/se_kd/llama31_8b_to_32_1b.py:se_kd --topology=v5e:4x4
+           python -m launch.train --config=configs/paper/se_kd/llama31_8b_to_32_1b.py:se_kd --workdir=runs/llama
+             --config.data.path=<FineWeb-Edu as *.jsonl with "text", 80M tokens of it>; se_kd_3x wants launch.curate and
+             launch.cache_teacher before it
+Hardware:  a TPU slice or GPUs with 16 GB for each of 16 devices; --topology=v5p:2x2x4, v6e:4x4, h100:8 as well
+Time:      not run; launch.plan gives an estimate for a topology
+Result:    not run here, and the paper has no such pair
+
+80M tokens in windows of 512, 16 a step, one epoch, forward KL at temperature 1. Both models share one tokenizer.
+"""
+
+from ml_collections import ConfigDict
+
+from kdjax.config import default_config
+from kdjax.registry import lookup
+
+SE_KD = {"selection.policy": "top_fraction", "selection.fraction": 0.2, "selection.signal": "student_entropy"}
+
+# Row -> what it changes of dense distillation.
+ROWS = {
+    "full_kd": {},
+    "random_20": {"selection.policy": "random_fraction", "selection.fraction": 0.2},
+    "se_kd": SE_KD,
+    "se_kd_3x": SE_KD
+    | {
+        "samples.fraction": 0.2,
+        "classes.kind": "sampled",
+        "classes.entries": 50,
+        "teacher.source": "cache",
+    },
+}
+
+
+def get_config(row: str = "se_kd") -> ConfigDict:
+    """Dense distillation, its random control, SE-KD or SE-KD 3X."""
+    config = default_config()
+    config.name = f"llama31_8b_to_32_1b_{row}"
+    config.teacher.path = "meta-llama/Llama-3.1-8B"
+    config.teacher.dtype = "bfloat16"
+    config.student.path = "meta-llama/Llama-3.2-1B"
+    config.student.compute_dtype = "bfloat16"
+    config.student.remat = "full"
+    config.data.seq_len = 512
+    config.data.max_train_tokens = 80_000_000
+    config.data.heldout_fraction = 0.002
+    config.selection.policy = "all"
+    config.optim.learning_rate = 1e-5
+    config.optim.schedule = "constant"
+    config.optim.warmup = 0
+    config.optim.b2 = 0.999
+    config.train.batch_size = 16
+    config.train.log_every = 10
+    config.eval.every = 1000
+    config.checkpoint.every = 500
+    config.mesh.preset = "fsdp"
+    config.update_from_flattened_dict(lookup(ROWS, row, "the row after the config file's colon"))
+    config.train.steps = int(80_000_000 / 512 / 16 * config.samples.fraction)  # one epoch of what is kept
+    return config
