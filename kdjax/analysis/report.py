@@ -53,6 +53,15 @@ HELDOUT_CURVES = (
 
 def write_report(workdir: str | os.PathLike[str]) -> Path:
     """Write workdir/report.html, return its path. Raises ValueError if there is no run or a damaged file in workdir."""
+    out = Path(workdir) / "report.html"
+    beside = out.with_name(out.name + ".tmp")
+    beside.write_text(render(*read_run(workdir)), "utf-8")
+    os.replace(beside, out)
+    return out
+
+
+def read_run(workdir: str | os.PathLike[str]) -> tuple[list[Record], list[Record], Record, Record]:
+    """The contents of metrics, evals, config and report data. Raises ValueError as write_report does."""
     root = Path(workdir)
     metrics, evals = read_lines(root / "metrics.jsonl"), read_lines(root / "evals.jsonl")
     if not metrics and not evals:
@@ -60,34 +69,36 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
             f"workdir must be the directory of a run, got {str(root)!r}; it has neither metrics.jsonl nor evals.jsonl "
             "with a whole line. Set it to the workdir of launch.train."
         )
-    out = root / "report.html"
-    beside = out.with_name(out.name + ".tmp")
-    beside.write_text(render(metrics, evals, _read(root / "config.json"), _read(root / "report_data.json")), "utf-8")
-    os.replace(beside, out)
-    return out
+    return [*metrics], [*evals], _read(root / "config.json"), _read(root / "report_data.json")
 
 
 def render(metrics: Sequence[Record], evals: Sequence[Record], config: Record, data: Record) -> str:
     """The page as text; the arguments are the contents of the files above."""
+    return page.document(title(config), list(sections(metrics, evals, config, data).values()))
+
+
+def sections(metrics: Sequence[Record], evals: Sequence[Record], config: Record, data: Record) -> dict[str, str]:
+    """The parts of the page by name, in order; "" for one that there is nothing to put into."""
     students = sorted((line for line in evals if line["which"] == "student"), key=lambda line: line["step"])
     before = students[0] if students else None
     after = students[-1] if len(students) > 1 else None
     last = after or before
-    title = str(config.get("name") or "Distillation run")
-    return page.document(
-        title,
-        [
-            page.header(title, summary({"seconds": _last_second([*metrics, *evals]), **(data.get("summary") or {})})),
-            page.tiles(before, after),
-            page.table(before, after),
-            page.charts(
-                [_loss_chart(metrics), *_heldout_charts(students), _calibration(last), *_other_charts(metrics)]
-            ),
-            page.text_page(data.get("text") or [], data.get("text_note") or ""),
-            page.completions(data.get("completions") or []),
-            page.reproduce(data, config),
-        ],
-    )
+    told = summary({"seconds": _last_second([*metrics, *evals]), **(data.get("summary") or {})})
+    drawn = [_loss_chart(metrics), *_heldout_charts(students), _calibration(last), *_other_charts(metrics)]
+    return {
+        "header": page.header(title(config), told),
+        "tiles": page.tiles(before, after),
+        "table": page.table(before, after),
+        "curves": page.charts(drawn),
+        "text": page.text_page(data.get("text") or [], data.get("text_note") or ""),
+        "completions": page.completions(data.get("completions") or []),
+        "reproduce": page.reproduce(data, config),
+    }
+
+
+def title(config: Record) -> str:
+    """Of the page: the name of the experiment."""
+    return str(config.get("name") or "Distillation run")
 
 
 def _last_second(lines: Sequence[Record]) -> float:
