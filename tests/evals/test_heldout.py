@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from kdjax import config
+from kdjax.config import Mesh
 from kdjax.evals import evaluate, make_eval_step, make_page_step
 from kdjax.evals.evaluation import BINS, Estimate
 from kdjax.losses.objective import Objective
@@ -172,7 +173,7 @@ def test_no_batches_is_an_error(case):
 def test_mesh_gives_the_same(case, preset):
     student, teacher, batch, _ = case
     want = make_eval_step(bigram_model(), bigram_model())(student, teacher, batch)
-    rules = make_rules(preset)
+    rules = make_rules(Mesh(preset))
     model = bigram_model(rules)
     if preset == "fsdp":  # a head that is stored in parts, V = 37 padded to 40 columns
         spec = rules.storage_spec(("embed", "vocab"), (3, 40))
@@ -219,7 +220,7 @@ def test_page_step_on_a_mesh(case):
     want = make_page_step(make_parts("random_fraction", "random"))(
         student, teacher, batch, (), jax.random.key(5), jnp.int32(0)
     )
-    rules = make_rules("dp")
+    rules = make_rules(Mesh("dp"))
     parts = make_parts("random_fraction", "random", rules)
     everywhere = jax.NamedSharding(rules.mesh, jax.sharding.PartitionSpec())
     student, teacher, key, step = jax.device_put((student, teacher, jax.random.key(5), jnp.int32(0)), everywhere)

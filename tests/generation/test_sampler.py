@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kdjax import models
+from kdjax.config import Mesh
 from kdjax.generation import complete, greedy
 from kdjax.models import synthetic
 from kdjax.sharding import make_rules
@@ -146,7 +147,7 @@ def test_complete_stops_at_the_tokenizers_eos_too(params):
 def test_complete_with_a_real_tokenizer_and_parameters_on_a_mesh():
     cfg, tokenizer = synthetic.config(), synthetic.make_tokenizer()
     prompts = ["The capital", [{"role": "user", "content": "Who are you?"}]]
-    rules = make_rules("fsdp")
+    rules = make_rules(Mesh("fsdp"))
     split = synthetic.make_params(rules)
     made = complete(cfg, split, tokenizer, prompts, 3)  # first: a program that was traced for one device would be found
     want = complete(cfg, synthetic.make_params(), tokenizer, prompts, 3)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from kdjax.config import Mesh
 from kdjax.config import Selection as SelectionConfig
 from kdjax.selection import POLICIES, Context
 from kdjax.sharding import make_rules
@@ -115,7 +116,7 @@ def test_the_share_follows_the_loss():
 @pytest.mark.parametrize("name", ["easy_hard", "easy_hard_means", "adaptive"])
 def test_eight_devices_rank_the_whole_batch(name):
     """Each has two rows of the sixteen, and the same ones are hard; scores are full of ties, which go to the first."""
-    rules, policy = make_rules("dp"), policy_of(name, fraction=0.4)
+    rules, policy = make_rules(Mesh("dp")), policy_of(name, fraction=0.4)
     numbers = np.random.default_rng(0)
     score = jnp.asarray(numbers.integers(4, size=(16, 7)), jnp.float32)
     eligible = jnp.asarray(numbers.uniform(size=(16, 7)) < 0.7)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kdjax.config import Mesh
 from kdjax.kernels import linear_divergence, linear_stats
 from kdjax.sharding import make_rules
 from kdjax.step import make_supervise, make_train_step
@@ -96,7 +97,7 @@ def test_one_batch_of_eight_is_four_of_two(bench, batch, selection, reduction):
 
 def test_the_named_kernels_run(bench, batch, monkeypatch):
     """mesh.kernels reaches loss and statistics: the other implementation gives the same, and it is the one that ran."""
-    plain, named = (bench(rules=make_rules("single", 0, kernels)) for kernels in ("auto", "reference"))
+    plain, named = (bench(rules=make_rules(Mesh(kernels=kernels))) for kernels in ("auto", "reference"))
     assert loss_of(named.run(batch)[1][0]) == pytest.approx(loss_of(plain.run(batch)[1][0]), rel=1e-5)
     for op in (linear_divergence, linear_stats):
 
