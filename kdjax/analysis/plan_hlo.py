@@ -275,4 +275,4 @@ def _fused(line: str) -> Iterator[str]:
 
 def _named(line: str) -> str:
     found = re.search(r'op_name="([^"]*)"', line)
-    return found[1] if found else ""
+    return found[1].replace("\\'", "'") if found else ""

@@ -226,12 +226,12 @@ ENTRY %main (x: f32[1000]) -> f32[] {
   %x = f32[1000]{0} parameter(0)
   %fast = f32[800]{0:T(256)S(1)} copy(%x)
   %view = f32[700]{0} bitcast(%x)
-  %made = (f32[600]{0:T(256)}, bf16[10]{0}) fusion(%x), kind=kLoop, calls=%fused, metadata={op_name="jit(step)/made"}
+  %made = (f32[600]{0:T(256)}, bf16[10]{0}) fusion(%x), calls=%fused, metadata={op_name="jit(step)/made[\\'x\\']"}
   %half = bf16[500]{0} convert(%x)
 }
 """
     found = plan_hlo.largest_arrays(text, 2, least=100)
-    assert found == [(2400, "f32[600]", "jit(step)/made"), (1000, "bf16[500]", "")]
+    assert found == [(2400, "f32[600]", "jit(step)/made['x']"), (1000, "bf16[500]", "")]
 
 
 def test_sizes_of_arrays():
