@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -110,15 +111,21 @@ class Rules:
         return None if self.mesh is None else NamedSharding(self.mesh, self.storage_spec(axes, shape))
 
     def gather(self, weight: Array) -> Array:
-        """A stored weight at the place of its use: whole but for what stays split over model.
+        """A stored matrix at the place of its use: whole but for what stays split over model.
 
-        Its gradient goes back as it is stored.
+        Its gradient goes back as it is stored. One mesh axis at a time, innermost first, and typed as `reduced`, so
+        that the way back is a reduce-scatter over each: over 16 chips at once the TPU compiler makes it an all-reduce.
         """
         if self.mesh is None:
             return weight
-        stored = jax.typeof(weight).sharding.spec
-        kept = [MODEL if self.preset.tensor and name == MODEL else None for name in stored]
-        return self.reshard(weight, P(*kept))
+        spec = [_names(entry) for entry in jax.typeof(weight).sharding.spec]
+        split = [axis for axis in self.batch_axes if any(axis in names for names in spec)]
+        summed = [axis for axis in self.batch_axes if axis not in split]  # over all axes of the batch in the end
+        for name in reversed(split):
+            summed.append(name)
+            spec = [tuple(other for other in names if other != name) for names in spec]
+            weight = self.reshard(weight, P(*map(_entry, spec), reduced=frozenset(summed)))
+        return weight
 
     def reshard(self, array: Array, spec: P) -> Array:
         return array if self.mesh is None else jax.sharding.reshard(array, NamedSharding(self.mesh, spec))
@@ -146,24 +153,37 @@ class Rules:
         """Of a product [B, T, D] whose inner axis is split over model, so that parts are added up; else None."""
         if self.mesh is None or not self.preset.tensor:
             return None
-        return NamedSharding(self.mesh, self.residual)
+        return NamedSharding(self.mesh, self.batch_spec(3))
 
-    def embed(self, table: Array, tokens: Array) -> Array:
-        """The rows [B, T, D] of table [V, D] at tokens [B, T]; ids outside of it give nan."""
-        whole = self.gather(table)
-        if self.model_shards == 1:
-            return whole.at[tokens].get(mode="fill", wrap_negative_indices=False, out_sharding=self.batch(3))
-        size, limit = table.shape[0] // self.model_shards, table.shape[0]
+    def embed(self, table: Array, tokens: Array, dtype: Any) -> Array:
+        """The rows [B, T, D] of a stored table [V, D] at tokens [B, T], in `dtype`; ids outside of it give nan.
+
+        Rows are cast after the look-up, so that their gradients are added up in the dtype of the table.
+        """
+        if self.mesh is None:
+            return table.at[tokens].get(mode="fill", wrap_negative_indices=False).astype(dtype)
+        spec = jax.typeof(table).sharding.spec
+        vocab, width = (_names(entry) for entry in spec)
+        tensor = self.preset.tensor and bool(vocab)
+        # What moves is the smaller: the table to the tokens, or its rows at the tokens of all devices to their own.
+        few = not tensor and tokens.size < table.shape[0]
 
         def local(part: Array, ids: Array) -> Array:
-            own = ids - jax.lax.axis_index(MODEL) * size
-            inside = (own >= 0) & (own < size)
-            rows = jax.numpy.where(inside[:, :, None], part[jax.numpy.where(inside, own, 0)], 0)
-            rows = jax.lax.psum(rows, MODEL)
-            valid = (ids >= 0) & (ids < limit)
-            return jax.numpy.where(valid[:, :, None], rows, jax.numpy.nan)
+            part = _all_gather(part, width, 1)
+            if not vocab or not (tensor or few):
+                return _all_gather(part, vocab, 0).at[ids].get(mode="fill", wrap_negative_indices=False).astype(dtype)
+            every = ids if tensor else jax.lax.all_gather(ids, vocab, axis=0, tiled=True)
+            own = every - jax.lax.axis_index(vocab) * part.shape[0]
+            inside = (own >= 0) & (own < part.shape[0])
+            rows = jnp.where(inside[:, :, None], part[jnp.where(inside, own, 0)].astype(dtype), 0)
+            # All but one device of a sum have zeros: it is exact in any dtype.
+            if tensor:
+                rows = jax.lax.psum(rows, vocab)
+            else:
+                rows = jax.lax.psum_scatter(rows, vocab, scatter_dimension=0, tiled=True)
+            return jnp.where(((ids >= 0) & (ids < table.shape[0]))[:, :, None], rows, jnp.nan)
 
-        found = self.rowwise(local, (P(MODEL, None), self.batch_spec(2)), self.batch_spec(3))(whole, tokens)
+        found = self.rowwise(local, (spec, self.batch_spec(2)), self.batch_spec(3))(table, tokens)
         return self.reshard(found, self.residual)
 
     def rowwise(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -190,10 +210,8 @@ class Rules:
         for (hidden, head), (_, spec), at in zip(sides, specs, columns, strict=True):
             weight = head.weight
             for axis, names in enumerate(spec):
-                if names is not None and not (split and axis == at):
-                    # Axis by axis, innermost first: the TPU compiler keeps the reduce-scatters of the gradient then.
-                    for name in reversed(names if isinstance(names, tuple) else (names,)):
-                        weight = jax.lax.all_gather(weight, name, axis=axis, tiled=True)
+                if not (split and axis == at):
+                    weight = _all_gather(weight, _names(names), axis)
             found.append((hidden, dataclasses.replace(head, weight=weight, vocab_axis=MODEL if split else None)))
         return found
 
@@ -305,6 +323,18 @@ def _sizes(mesh: config.Mesh, preset: Preset, available: int) -> dict[str, int]:
             f"{mesh.shape!r}. Change one of its sizes."
         )
     return {name: available // given if size < 0 else size for name, size in sizes.items() if name in AXES}
+
+
+def _all_gather(part: Array, names: tuple[str, ...], axis: int) -> Array:
+    """Within a `shard_map`, one mesh axis at a time, innermost first; see `Rules.gather`."""
+    for name in reversed(names):
+        part = jax.lax.all_gather(part, name, axis=axis, tiled=True)
+    return part
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of an entry of a PartitionSpec."""
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
 
 def _entry(names: tuple[str, ...]) -> Any:

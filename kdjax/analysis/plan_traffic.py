@@ -3,11 +3,13 @@
 Per micro-batch, sent by one chip in a ring; n: parts that a parameter is gathered from, r: devices of the batch that
 repeat it, m: parts of tensor parallelism, which stay split; w: what a chip holds of it when it is gathered.
     gathering       w (n - 1) / n for every use: a layer of the student forward and, since gathered weights are never
-                    kept, backward; of the teacher forward; the embedding at the look-up, the head at the vocabulary
+                    kept, backward; of the teacher forward; the head at the vocabulary
+    look-up         the embedding likewise; or, if a micro-batch has fewer tokens than the vocabulary entries, which are
+                    split, the rows that are looked up instead: (n - 1) / n of them forward, and of their gradient back
     gradients       w (n - 1) / n, reduced and scattered; then 2 (w / n) (r - 1) / r where it is repeated
     tensor          2 (m - 1) / m of the hidden states: two a layer forward, two backward, one again with remat "full";
                     one at the look-up; the gradient of the hidden states at the slots
-In the dtype of the computation; the gradient of the look-up is added up in float32, as are those of norms. (A program
+In the dtype of the computation; the gradient of the embedding is added up in float32, as are those of norms. (A program
 may move less: a TPU multiplies float32 matrices in bfloat16 unless it is told otherwise, and gathers them so.)
 """
 
@@ -74,7 +76,8 @@ def implied(work: Work, rules: Rules, teacher_rules: Rules) -> list[Implied]:
         side, leaves = work.teacher, stored(work.teacher.cfg, teacher_rules)
         layers = [leaf for name, leaf in leaves.items() if name.startswith("layers.")]
         head = leaves["embed" if side.cfg.tied else "head"]
-        gathered = sum(leaf.gathered(side.itemsize) for leaf in [*layers, leaves["embed"], head])
+        gathered = sum(leaf.gathered(side.itemsize) for leaf in [*layers, head])
+        gathered += _look_up(work, side, leaves["embed"], teacher_rules)[0]
         lines += [
             Implied("teacher: parameters gathered", gathered, "layers, embedding and head once"),
             *_tensor("teacher", work, side, 2),
@@ -87,10 +90,11 @@ def _student(work: Work, rules: Rules) -> list[Implied]:
     layers = {name: leaf for name, leaf in leaves.items() if name.startswith("layers.")}
     embed, head = leaves["embed"], leaves["embed" if side.cfg.tied else "head"]
     size = side.itemsize
-    gathered = sum(2 * leaf.gathered(size) for leaf in layers.values()) + embed.gathered(size) + head.gathered(size)
+    forward, back = _look_up(work, side, embed, rules)
+    gathered = sum(2 * leaf.gathered(size) for leaf in layers.values()) + forward + head.gathered(size)
     # Norm scales are used in float32.
     reduced = sum(leaf.reduced(4 if name.endswith("norm") else size) for name, leaf in layers.items())
-    reduced += embed.reduced(4) + head.reduced(size) + leaves["final_norm"].reduced(4)
+    reduced += back + head.reduced(size) + leaves["final_norm"].reduced(4)
     return [
         Implied("student: parameters gathered", gathered, "layers forward and backward, embedding and head once"),
         Implied("student: gradients reduced", reduced, "layers, head; embedding in float32"),
@@ -98,11 +102,21 @@ def _student(work: Work, rules: Rules) -> list[Implied]:
     ]
 
 
+def _look_up(work: Work, side: Side, embed: Stored, rules: Rules) -> tuple[float, float]:
+    """Bytes (forward, back) of the embedding: of the table, or of its rows; see `Rules.embed`."""
+    tokens = work.tokens // work.accumulate
+    by_rows = not rules.preset.tensor and side.cfg.vocab_size % embed.parts == 0 and tokens < side.cfg.vocab_size
+    if embed.parts == 1 or not by_rows:
+        return embed.gathered(side.itemsize), embed.reduced(4)
+    rows = sent_bytes("reduce-scatter", tokens / embed.copies * side.cfg.width * side.itemsize, embed.parts)
+    return rows, rows + sent_bytes("all-reduce", embed.whole * 4 / embed.parts, embed.copies)
+
+
 def _tensor(name: str, work: Work, side: Side, a_layer: int) -> list[Implied]:
     m = side.model_shards
     hidden = work.local_tokens(side) * side.cfg.width
     summed = sent_bytes("all-reduce", hidden * side.itemsize, m) * a_layer * side.cfg.layers
-    summed += sent_bytes("all-reduce", hidden * (4 if name == "student" else side.itemsize), m)
+    summed += sent_bytes("all-reduce", hidden * side.itemsize, m)
     if name == "student":
         summed += sent_bytes("all-reduce", hidden * work.slots // work.length * side.itemsize, m)
     return [Implied(f"{name}: partial sums of hidden states", summed, f"{a_layer} a layer, look-up, slots")]

@@ -162,7 +162,7 @@ def hidden(
     x = _embed(cfg, params, tokens, rules, compute_dtype)
     scanned = params["layers"], _kinds(cfg)
     x, _ = jax.lax.scan(jax.checkpoint(layer, policy=policy, prevent_cse=False), x, scanned)
-    return rules.reshard(_norm(cfg, x, rules.gather(params["final_norm"])), rules.batch_spec(3))
+    return rules.reshard(_norm(cfg, x, params["final_norm"]), rules.batch_spec(3))
 
 
 def init_cache(cfg: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
@@ -251,14 +251,24 @@ def _norm(cfg: ModelConfig, x: Array, scale: Array) -> Array:
 
 
 def _embed(cfg: ModelConfig, params: Params, tokens: Array, rules: Rules, dtype: Any) -> Array:
-    # Rows are cast after the look-up, so that their gradients are added up in the dtype of the table.
-    rows = rules.embed(params["embed"], tokens).astype(dtype)
+    rows = rules.embed(params["embed"], tokens, dtype)
     return rows if cfg.embed_scale == 1.0 else rows * jnp.asarray(cfg.embed_scale, dtype)
 
 
 def _at_use(stored: Params, rules: Rules, dtype: Any) -> Params:
-    """One layer's weights as they are used, in the compute dtype; cast first, so that less moves. Norm scales stay."""
-    return {name: rules.gather(leaf if name.endswith("_norm") else leaf.astype(dtype)) for name, leaf in stored.items()}
+    """One layer's weights as they are used: matrices, all heads in one axis, in the compute dtype. Norm scales stay.
+
+    They are cast and made flat before they are gathered: less moves, and what is gathered cannot be reshaped.
+    """
+    return {
+        name: leaf if name.endswith("_norm") else rules.gather(_flat(name, leaf.astype(dtype)))
+        for name, leaf in stored.items()
+    }
+
+
+def _flat(name: str, leaf: Array) -> Array:
+    inputs = 0 if name in ("bq", "bk", "bv") else INPUT_AXES.get(name, 1)
+    return leaf.reshape(*(_product(part) for part in (leaf.shape[:inputs], leaf.shape[inputs:]) if part))
 
 
 def _attention(
@@ -267,12 +277,13 @@ def _attention(
     """x + the attention block; `mix` turns q [B, T, N, H] (scaled, rotated) and k, v [B, T, G, H] into [B, T, N, H]."""
     normed = rules.reshard(_norm(cfg, x, w["attn_norm"]), rules.batch_spec(3))
     q, k, v = (project(normed, w[name]) for name in ("wq", "wk", "wv"))
-    if "bq" in w:
+    if "bq" in w:  # [N * H] each
         q, k, v = q + w["bq"][None, None], k + w["bk"][None, None], v + w["bv"][None, None]
+    q, k, v = (flat.reshape(*flat.shape[:2], -1, cfg.head_dim) for flat in (q, k, v))
     if "q_norm" in w:
         q, k = _norm(cfg, q, w["q_norm"]), _norm(cfg, k, w["k_norm"])
     mixed = mix(rotate(q, rope, (cfg.query_pre_attn_scalar or cfg.head_dim) ** -0.5), rotate(k, rope), v)
-    added = project(mixed.reshape(*x.shape[:2], -1), w["wo"].reshape(-1, cfg.width), rules.summed)
+    added = rules.reshard(project(mixed.reshape(*x.shape[:2], -1), w["wo"], rules.summed), rules.residual)
     return x + (_norm(cfg, added, w["post_attn_norm"]) if "post_attn_norm" in w else added)
 
 
@@ -280,5 +291,5 @@ def _feed_forward(cfg: ModelConfig, w: Params, x: Array, rules: Rules = Rules())
     """x + the gated feed-forward block."""
     normed = rules.reshard(_norm(cfg, x, w["mlp_norm"]), rules.batch_spec(3))
     gate = ACTIVATIONS[cfg.activation](project(normed, w["w_gate"]))
-    added = project(gate * project(normed, w["w_up"]), w["w_down"], rules.summed)
+    added = rules.reshard(project(gate * project(normed, w["w_up"]), w["w_down"], rules.summed), rules.residual)
     return x + (_norm(cfg, added, w["post_mlp_norm"]) if "post_mlp_norm" in w else added)

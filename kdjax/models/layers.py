@@ -18,21 +18,16 @@ Rope = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]  # cos, sin
 
 
 def project(
-    x: Float[Array, "B T *inputs"], weight: Float[Array, "..."], summed: NamedSharding | None = None
-) -> Float[Array, "B T *outputs"]:
-    """x [B, T, *inputs] times weight [*inputs, *outputs], as one two-dimensional product.
+    x: Float[Array, "B T I"], weight: Float[Array, "I O"], summed: NamedSharding | None = None
+) -> Float[Array, "B T O"]:
+    """x times weight, as one two-dimensional product.
 
-    summed: of the result, where the devices have a part of the inputs each; their parts are added up.
+    summed: of the result, where the devices have a part of I each; their parts are added up.
     """
-    b, t, *inputs = x.shape
-    outputs = weight.shape[len(inputs) :]
+    b, t, inputs = x.shape
     if summed is not None:
-        axes = tuple(range(2, x.ndim)), tuple(range(len(inputs)))
-        return jax.lax.dot_general(x, weight, (axes, ((), ())), out_sharding=summed)
-    # Reshapes in twos: under a mesh one of several axes is merged or split off at a time, else which of them has the
-    # sharding would be ambiguous.
-    flat = x.reshape(b, t, -1).reshape(b * t, -1)
-    return (flat @ weight.reshape(flat.shape[1], -1)).reshape(b, t, -1).reshape(b, t, *outputs)
+        return jax.lax.dot_general(x, weight, (((2,), (0,)), ((), ())), out_sharding=summed)
+    return (x.reshape(b * t, inputs) @ weight).reshape(b, t, -1)
 
 
 def rms_norm(x: Float[Array, "*rows D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*rows D"]:

@@ -131,8 +131,20 @@ def test_bytes_of_fsdp_by_hand():
         "student: gradients reduced": 0.75 * (2 * matrices + (4 + 2) * 32 * 8 + 2 * 4 * (norms + 8)),
         "teacher: parameters gathered": 0.75 * 4 * (2 * (2 * 16 * 16 + 2 * 16 * 16 + 3 * 16 * 32) + 2 * 40 * 16),
     }
-    twice = plan_traffic.implied(work(accumulate=2), rules("fsdp", data=4), rules("fsdp", data=4))
+    twice = plan_traffic.implied(work(rows=8, accumulate=2), rules("fsdp", data=4), rules("fsdp", data=4))
     assert {one.name: one.sent for one in twice} == {name: 2 * sent for name, sent in found.items()}
+
+
+def test_few_tokens_move_their_rows_and_not_the_table():
+    """28 tokens against 32 entries, and 32 against 40, over 2 replicas of 2 chips: a half of them in each."""
+    split = rules("fsdp", replica=2, data=2)
+    every = (plan_traffic.implied(work(rows=4, length=size), split, split) for size in (8, 7))
+    table, rows = ({one.name: one.sent for one in found} for found in every)
+    table_back = 0.5 * 32 * 8 * 4 + 2 * 0.5 * 32 * 8 * 4 / 2
+    assert rows["student: parameters gathered"] - table["student: parameters gathered"] == 0.5 * 2 * (14 - 32) * 8
+    assert rows["teacher: parameters gathered"] - table["teacher: parameters gathered"] == 0.5 * 4 * (14 - 16) * 16
+    gradients = rows["student: gradients reduced"] - table["student: gradients reduced"]
+    assert gradients == 0.5 * 2 * 14 * 8 + 2 * 0.5 * 32 * 8 * 4 / 2 - table_back
 
 
 def test_bytes_of_dp_are_those_of_the_gradients():
@@ -142,14 +154,14 @@ def test_bytes_of_dp_are_those_of_the_gradients():
 
 
 def test_bytes_of_tensor_parallelism_are_those_of_hidden_states():
-    """tp over 2: 40 tokens of width 8; 5 sums a layer with remat full, a float32 one at the look-up, 2 of 10 slots."""
+    """tp over 2: 40 tokens of width 8; 5 sums a layer with remat full, one at the look-up, 2 of 10 slots."""
     side = dataclasses.replace(work().student, model_shards=2)
     (found,) = [
         one
         for one in plan_traffic.implied(work(student=side, teacher=None), rules("tp", model=2), rules("tp", model=2))
         if "hidden" in one.name
     ]
-    assert found.sent == 40 * 8 * (5 * 3 * 2 + 4) + 40 * 8 * 2 // 10 * 2
+    assert found.sent == 40 * 8 * (5 * 3 * 2 + 2) + 40 * 8 * 2 // 10 * 2
 
 
 # --- time and disk
