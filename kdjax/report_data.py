@@ -24,6 +24,7 @@ from kdjax.data import heldout_batches, to_batch
 from kdjax.evals.text_page import entropy_page, make_page_step
 from kdjax.generation.sampler import complete
 from kdjax.models.tokenizer import fingerprint as tokenizer_fingerprint
+from kdjax.run_log import write_whole
 from kdjax.selection.stats import NEEDS_TEACHER
 from kdjax.types import Params, TrainState
 
@@ -162,6 +163,4 @@ def _size(params: Params) -> int:
 
 def _write(workdir: Path, data: dict[str, Any]) -> None:
     if jax.process_index() == 0:
-        beside = workdir / (FILE + ".tmp")
-        beside.write_text(json.dumps(data), encoding="utf-8")
-        beside.replace(workdir / FILE)
+        write_whole(workdir / FILE, json.dumps(data))

@@ -116,11 +116,10 @@ def hidden(
     return run(cfg, params, tokens, segment_ids, positions, rules=rules, compute_dtype=compute_dtype, remat=remat)
 
 
-def head(cfg: ModelConfig, params: Params, *, rules: Rules = Rules(), compute_dtype: Any = jnp.float32) -> Head:
-    """The last linear map, gathered: the embedding [V, D] itself if tied, else [D, V]."""
-    weight = params["embed" if cfg.tied else "head"]
-    whole = rules.gather(weight.astype(compute_dtype))
-    return Head(whole, vocab_size=cfg.vocab_size, vocab_major=cfg.tied, soft_cap=cfg.logit_soft_cap)
+def head(cfg: ModelConfig, params: Params, *, compute_dtype: Any = jnp.float32) -> Head:
+    """The last linear map, as it is stored: the embedding [V, D] itself if tied, else [D, V]."""
+    weight = params["embed" if cfg.tied else "head"].astype(compute_dtype)
+    return Head(weight, vocab_size=cfg.vocab_size, vocab_major=cfg.tied, soft_cap=cfg.logit_soft_cap)
 
 
 def init_cache(cfg: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Any:
