@@ -4,8 +4,8 @@ Command:   python -m launch.train --config=configs/paper/se_kd/qwen3_8b_to_1_7b.
              --config.data.path=<FineWeb-Edu as *.jsonl with "text", 80M tokens of it>; before it launch.curate for rows
              that choose samples, then launch.cache_teacher for rows with teacher.source=cache
 Hardware:  a TPU slice or GPUs with 16 GB for each of 8 devices or more. launch.plan, compiled and not run, with
-             --config.data.seq_len=2048: SE-KD takes 6.1 GiB of each chip of v5e:4x4 (--config.mesh.shape=data:4,model:4),
-             3X 5.9 GiB on v5e:2x4 (--config.mesh.shape=data:2,model:4)
+             --config.data.seq_len=2048: SE-KD takes 6.1 GiB of each chip of v5e:4x4, and 3X 5.9 GiB on v5e:2x4, with
+             --config.mesh.shape=data:4,model:4 and data:2,model:4
 Time:      not measured here; the paper: 23 h dense, 4 h for 3X with its cache there, on two RTX 3090
 Result:    not run here; the paper's figures are with the rows in ROWS: Acc, its mean over five tasks
 
