@@ -32,7 +32,7 @@ from kdjax.evals.heldout import evaluate, make_eval_step
 from kdjax.report_data import write_after, write_before
 from kdjax.run_log import Progress, RunLog
 from kdjax.sharding import Rules
-from kdjax.step import StepReport, init_state, make_train_step
+from kdjax.step import StepReport, feed_of, feed_step, init_state, make_train_step
 from kdjax.types import Batch, Params, TrainState
 
 
@@ -195,13 +195,15 @@ class Heldout:
     def __init__(self, built: Built) -> None:
         self._built = built
         self._step = make_eval_step(built.parts.student, built.parts.teacher, built.rules)
+        self._feed = feed_of(built.parts.teacher)
 
     def __call__(self, params: Params) -> Evaluation:
         """Figures of `params` and of the teacher on `eval.rows` held-out rows."""
         config, rules = self._built.experiment.eval, self._built.rules
         size = -(-config.batch_size // rules.batch_shards) * rules.batch_shards
         rows = heldout_batches(self._built.data.heldout, size, config.rows)
-        return evaluate(self._step, params, self._built.teacher_params, (to_batch(columns, rules) for columns in rows))
+        batches = (self._feed(to_batch(columns, rules)) for columns in rows)
+        return evaluate(self._step, params, self._built.teacher_params, batches)
 
 
 @dataclasses.dataclass
@@ -226,10 +228,10 @@ class _Running:
     def steps(self, step_function: Any, state: TrainState, start: int, workdir: Path) -> Outcome:
         e, total = self.built.experiment, self.built.experiment.train.steps
         progress, window = Progress(total, start_step=start), _Window(self.log, e.train.log_every)
-        interrupted = False
+        interrupted, feed = False, feed_step(self.built.parts)
         for step in range(start + 1, total + 1):
             columns = next(self.data)
-            batch = place(columns, self.built.rules, e.train.accumulate)
+            batch = feed(place(columns, self.built.rules, e.train.accumulate))
             state, report = step_function(state, self.built.teacher_params, batch)
             window.dispatched(step, report, columns, batch)
             interrupted = self.stop_asked() and step < total

@@ -26,6 +26,7 @@ from kdjax.generation.sampler import complete
 from kdjax.models.tokenizer import fingerprint as tokenizer_fingerprint
 from kdjax.run_log import write_whole
 from kdjax.selection.stats import NEEDS_TEACHER
+from kdjax.step import feed_of
 from kdjax.types import Params, TrainState
 
 FILE = "report_data.json"
@@ -90,11 +91,12 @@ def _text_page(built: Built, state: TrainState) -> dict[str, Any]:
         return {}
     columns = next(iter(heldout_batches(built.data.heldout, built.rules.batch_shards, built.rules.batch_shards)))
     page = make_page_step(built.parts)
+    feed = feed_of(built.parts.teacher if NEEDS_TEACHER.intersection(built.parts.chooser.needs) else None)
     arrays = jax.device_get(
         page(
             state.params,
             built.teacher_params,
-            to_batch(columns, built.rules),
+            feed(to_batch(columns, built.rules)),
             state.policy_state,
             state.key,
             state.step,

@@ -31,6 +31,7 @@ from kdjax.teacher.classes import ClassSampler
 from kdjax.types import (
     Array,
     Batch,
+    CachedTeacher,
     DenseTargets,
     Head,
     LossOutput,
@@ -38,6 +39,7 @@ from kdjax.types import (
     Params,
     Selection,
     SparseTargets,
+    TeacherHidden,
     TrainState,
     gather_slots,
     targets_of,
@@ -52,17 +54,24 @@ class LanguageModel:
     """A model cut in two, as the step uses it.
 
     hidden(params, batch) -> [B, T, D] after the final norm. head(params) -> Head with its weight as it is stored;
-    head_spec: how that weight is stored on the mesh.
+    head_spec: how that weight is stored on the mesh. feed: what a batch goes through before a compiled function that
+    runs this model; a teacher on devices of its own does its work there.
     """
 
     hidden: Callable[[Params, Batch], Array]
     head: Callable[[Params], Head]
     head_spec: P = P()
+    feed: Callable[[Batch], Batch] = lambda batch: batch
 
 
 def side_specs(model: LanguageModel, rules: Rules) -> tuple[P, P]:
     """How (hidden states, weight of the head) of a model enter `rules.rowwise`."""
     return rules.batch_spec(3), model.head_spec
+
+
+def feed_of(model: LanguageModel | None) -> Callable[[Batch], Batch]:
+    """What a batch goes through before a function that runs `model`, or none."""
+    return (lambda batch: batch) if model is None else model.feed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +106,11 @@ def init_state(parts: StepParts, params: Params, seed: int) -> TrainState:
     """The state before the first step; jit-able, shardings follow the parameters."""
     key = jax.random.key(seed)
     return TrainState(jnp.zeros((), jnp.int32), params, parts.optimiser.init(params), parts.chooser.policy.init(), key)
+
+
+def feed_step(parts: StepParts) -> Callable[[Batch], Batch]:
+    """What batches, also as micro-batches [A, B, ...], go through before the train step."""
+    return feed_of(parts.teacher if _needs_teacher(parts) else None)
 
 
 def make_train_step(parts: StepParts) -> Callable[[TrainState, Params, Batch], tuple[TrainState, StepReport]]:
@@ -181,6 +195,8 @@ def make_supervise(parts: StepParts) -> Callable[[Params, Params, Batch, Any, Ar
                 (teacher_model.hidden(teacher_params, batch), teacher_model.head(teacher_params))
             )
             specs[1] = side_specs(teacher_model, rules)
+        if isinstance(batch.teacher, TeacherHidden):
+            batch = dataclasses.replace(batch, teacher=None)
         batch_spec = jax.tree.map(lambda a: row(a.ndim), batch)
         local = rules.rowwise(
             functools.partial(_supervise_rows, parts),
@@ -213,7 +229,7 @@ def _supervise_rows(
     rows = (rules.all_rows, rules.own_rows)
     selection, policy_state = parts.chooser(stats, batch, eligible, policy_state, key, step, *rows)
     metrics = {"selected_fraction": _selected_fraction(selection, eligible)}
-    if batch.teacher is not None:
+    if isinstance(batch.teacher, CachedTeacher):
         chosen = selection.weight > 0
         held = gather_slots(batch.teacher.stored, selection.index)
         metrics["cache_misses"] = metric.mean(~held, chosen)
@@ -233,7 +249,7 @@ def _targets(
     """What the objective compares with at the slots."""
     if not parts.objective.needs_teacher:
         return None
-    if parts.cached and parts.classes is not None and batch.teacher is not None:
+    if parts.cached and parts.classes is not None and isinstance(batch.teacher, CachedTeacher):
         return cached_targets(parts.classes, batch.teacher, index)
     if teacher is None:
         return None

@@ -32,7 +32,8 @@ class Batch:
     row_id:      int32 [B], the row's index in the data set; the same in every epoch.
     epoch:       int32 [B], how often the data set was gone through before this row.
     weight:      float32 [B], the row's weight in the loss (sample axis); 1 by default.
-    teacher:     what a cache holds of the teacher for these rows; None with a live teacher.
+    teacher:     what a cache holds of the teacher for these rows, or the hidden states that a teacher on devices of its
+                 own found; None with a teacher beside the student.
     """
 
     tokens: Array
@@ -42,7 +43,7 @@ class Batch:
     row_id: Array
     epoch: Array
     weight: Array
-    teacher: CachedTeacher | None = None
+    teacher: CachedTeacher | TeacherHidden | None = None
 
 
 @flax.struct.dataclass
@@ -60,6 +61,13 @@ class CachedTeacher:
     stored: Array
     entropy: Array | None = None
     label_logp: Array | None = None
+
+
+@flax.struct.dataclass
+class TeacherHidden:
+    """hidden: [B, T, D_teacher], after the final norm, from a teacher on devices of its own (`teacher/apart.py`)."""
+
+    hidden: Array
 
 
 @flax.struct.dataclass

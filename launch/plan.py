@@ -155,7 +155,7 @@ def abstract_step(e: "Experiment", student: "ModelConfig", teacher: "ModelConfig
     from kdjax.data import abstract_batch
     from kdjax.step import init_state
 
-    check_rows(e, rules)
+    check_rows(e, rules, rules.of_preset(e.teacher.preset))
     parts = build_parts(e, student, teacher, rules)
     params = models.abstract_params(student, rules)
     teacher_params: Any = ()

@@ -173,6 +173,23 @@ RULES = [
     ("samples.fraction", 20.0, "must be in (0, 1], got 20.0; it is a fraction, 0.2 means 20 %.", [0.2]),
     ("samples.positions", 0.0, "must be in (0, 1]", [1.0]),
     ("samples.rescore_every", -1, NOT_NEGATIVE, [0]),
+    ("prompts.size", -1, NOT_NEGATIVE, [0]),
+    ("prompts.heldout_fraction", 1.0, "must be in [0, 1)", [0.0]),
+    ("generation.samples", 0, COUNT, [1]),
+    ("generation.new_tokens", 0, COUNT, [1]),
+    ("generation.temperature", -0.5, NOT_NEGATIVE, [0.0]),
+    ("generation.top_p", 0.0, "must be in (0, 1]", [1.0]),
+    ("generation.top_k", -1, NOT_NEGATIVE, [0]),
+    ("generation.min_p", 1.0, "must be in [0, 1)", [0.0]),
+    ("generation.batch_size", 0, COUNT, [1]),
+    ("pass_rates.alpha", -1.0, NOT_NEGATIVE, [0.0]),
+    ("pass_rates.beta", -1.0, NOT_NEGATIVE, [0.0]),
+    ("pass_rates.normalise", "mean", "must be 'none' or 'dataset_mean'", ["none", "sample"]),
+    ("served.concurrency", 0, COUNT, [1]),
+    ("served.timeout", 0.0, "must be positive", [0.5]),
+    ("served.retries", -1, NOT_NEGATIVE, [0]),
+    ("served.top_logprobs", -1, NOT_NEGATIVE, [0]),
+    ("teacher.devices", -1, NOT_NEGATIVE, [0]),
     ("cache.superset", 1.1, "must be in [0, 1]", [0.0, 1.0]),
     ("cache.rows_per_shard", 0, COUNT, [1]),
     ("loss.terms", (), "must be a non-empty tuple of (name, weight or schedule)", [(("jsd", 0.5),)]),
@@ -239,6 +256,14 @@ def test_micro_batches_are_even():
         made(train__batch_size=6, train__accumulate=4)
 
 
+def test_a_teacher_has_its_own_devices_only_where_it_runs():
+    assert made(teacher__devices=2, teacher__shape="data:2").teacher.devices == 2
+    with pytest.raises(ValueError, match="^teacher.devices must be 0 with teacher.source='cache', got 2; "):
+        made(teacher__devices=2, teacher__source="cache")
+    with pytest.raises(ValueError, match="^teacher.shape must be '' without teacher.devices, got 'data:2'; "):
+        made(teacher__shape="data:2")
+
+
 # --- fingerprint
 
 
@@ -262,11 +287,13 @@ def test_the_fingerprint_sees_what_shapes_the_run_and_nothing_else(path):
     def replaced(node, parts):
         first, *rest = parts
         value = getattr(node, first)
-        return dataclasses.replace(node, **{first: replaced(value, rest) if rest else other(value)})
+        changed = replaced(value, rest) if rest else ("x",) if first == "stop" else other(value)
+        return dataclasses.replace(node, **{first: changed})
 
     same = fingerprint(replaced(Experiment(), path.split("."))) == fingerprint(Experiment())
-    free = path.split(".")[0] in ("name", "log", "eval", "checkpoint", "mesh", "cache")
-    assert same == ((free and path != "cache.superset") or path == "teacher.preset")
+    free = path.split(".")[0] in ("name", "log", "eval", "checkpoint", "mesh", "cache", "served")
+    place = ("teacher.preset", "teacher.devices", "teacher.shape")
+    assert same == ((free and path != "cache.superset") or path in place)
 
 
 # --- the command line

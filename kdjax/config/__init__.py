@@ -25,13 +25,17 @@ from kdjax.config.schema import (
     Data,
     Eval,
     Experiment,
+    Generation,
     Log,
     Loss,
     Mesh,
     Optim,
+    PassRates,
+    Prompts,
     Samples,
     ScheduleSpec,
     Selection,
+    Served,
     Student,
     StudentInit,
     Teacher,
@@ -47,13 +51,17 @@ __all__ = [
     "Data",
     "Eval",
     "Experiment",
+    "Generation",
     "Log",
     "Loss",
     "Mesh",
     "Optim",
+    "PassRates",
+    "Prompts",
     "Samples",
     "ScheduleSpec",
     "Selection",
+    "Served",
     "Student",
     "StudentInit",
     "Teacher",
@@ -88,9 +96,10 @@ def trajectory(config: dict[str, Any]) -> dict[str, Any]:
     Left out: name, log, eval, checkpoint cadence, the mesh and the teacher's place on it, and where and how a cache is
     kept, so that a run can be resumed on other hardware and with a cache that was moved.
     """
-    free = ("name", "log", "eval", "checkpoint", "mesh")
+    free = ("name", "log", "eval", "checkpoint", "mesh", "served")
     kept = {name: value for name, value in config.items() if name not in free}
-    teacher = {name: value for name, value in kept.get("teacher", {}).items() if name != "preset"}
+    place = ("preset", "devices", "shape")
+    teacher = {name: value for name, value in kept.get("teacher", {}).items() if name not in place}
     return kept | {"teacher": teacher, "cache": {"superset": kept.get("cache", {}).get("superset")}}
 
 

@@ -56,6 +56,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "selection.easy_weight": (lambda v: 0 <= v <= 1, "in [0, 1]", "hard positions have the rest of 1"),
     "selection.temperature_scale": (lambda v: -1 <= v <= 1, "in [-1, 1]", "temperatures are within a factor of e"),
     "selection.adapt_after": (*_at_least(0), "0 lets the loss of the first update count"),
+    "teacher.devices": (*_at_least(0), "0 lets it share the student's"),
     "teacher.source": (*_one_of("live", "cache"), "see Teacher"),
     "classes.entries": _COUNT,
     "classes.power": (lambda v: 0 < v <= 2, "in (0, 2]", "1 draws from the teacher itself"),
@@ -64,6 +65,26 @@ RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "samples.rescore_every": _OR_OFF,
     "cache.superset": (lambda v: 0 <= v <= 1, "in [0, 1]", "it is a fraction, 0 caches all positions"),
     "cache.rows_per_shard": _COUNT,
+    "prompts.size": (*_at_least(0), "0 means all"),
+    "prompts.heldout_fraction": (lambda v: 0 <= v < 1, "in [0, 1)", "it is a fraction"),
+    "generation.samples": _COUNT,
+    "generation.new_tokens": _COUNT,
+    "generation.temperature": (*_at_least(0), "0 takes the most likely token"),
+    "generation.top_p": (lambda v: 0 < v <= 1, "in (0, 1]", "it is a probability mass, 1 keeps all tokens"),
+    "generation.top_k": (*_at_least(0), "0 keeps all tokens"),
+    "generation.min_p": (lambda v: 0 <= v < 1, "in [0, 1)", "it is a share of the largest probability"),
+    "generation.batch_size": _COUNT,
+    "pass_rates.alpha": (*_at_least(0), "a negative exponent has no bound; 0 switches that side off"),
+    "pass_rates.beta": (*_at_least(0), "a negative exponent has no bound; 0 switches that side off"),
+    "pass_rates.normalise": (*_one_of("none", "dataset_mean", "batch_mean", "sample"), "see PassRates"),
+    "pass_rates.prior": (lambda v: v > 0, "positive", "Beta(0, 0) is no distribution"),
+    "pass_rates.discount": (lambda v: 0 <= v <= 1, "in [0, 1]", "it is a factor, 1 counts all rounds alike"),
+    "pass_rates.fallback": (*_one_of("error", "uniform"), "see PassRates"),
+    "served.concurrency": _COUNT,
+    "served.timeout": (lambda v: v > 0, "positive", "it is a number of seconds"),
+    "served.retries": (*_at_least(0), "0 gives up at once"),
+    "served.top_logprobs": (*_at_least(0), "0 asks for none"),
+    "served.prompt_logprobs": (*_at_least(0), "0 asks for none"),
     "loss.terms": (
         lambda v: len(v) > 0 and all(map(_is_term, v)),
         "a non-empty tuple of (name, weight or schedule)",
@@ -116,6 +137,16 @@ def check(experiment: Experiment) -> None:
         raise ValueError(
             f"train.batch_size must be a multiple of train.accumulate, got {rows} and {parts}; every micro-batch has "
             "the same number of rows. Change one of them."
+        )
+    if experiment.teacher.devices and experiment.teacher.source == "cache":
+        raise ValueError(
+            f"teacher.devices must be 0 with teacher.source='cache', got {experiment.teacher.devices}; no teacher "
+            "runs. Set it to 0."
+        )
+    if experiment.teacher.shape and not experiment.teacher.devices:
+        raise ValueError(
+            f"teacher.shape must be '' without teacher.devices, got {experiment.teacher.shape!r}; the teacher is on "
+            "the student's mesh. Set teacher.devices, or mesh.shape."
         )
     if experiment.samples.rescore_every and experiment.samples.fraction == 1:
         raise ValueError(

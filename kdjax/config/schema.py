@@ -24,6 +24,8 @@ class Teacher:
     dtype: str = "float32"  # of the weights in memory
     source: str = "live"  # live: it runs beside the student | cache: what launch.cache_teacher wrote; it is not loaded
     preset: str = ""  # how it is spread over the mesh; "" = as the student, by mesh.preset
+    devices: int = 0  # of its own: the last so many, the student has the others; 0 = they share all
+    shape: str = ""  # of its own devices, as mesh.shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +103,62 @@ class Cache:
     entropy: bool = True  # keep the teacher's entropy, so that the loss is a KL: 1 byte a position
     label_logp: bool = False  # keep the log-probability of the next token, for signals that need it: 2 bytes a position
     rows_per_shard: int = 128  # written and resumed as a whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Questions, perhaps with answers that can be checked (`kdjax/data/prompts.py`)."""
+
+    path: str = ""  # *.jsonl | a built-in task such as "arith" or "arith:sum1,gcd" | "reasoning_gym:<generators>"
+    size: int = 0  # of them, drawn by `seed`; 0 = all
+    seed: int = 0  # of the draw and the split
+    instruction: str = ""  # follows every question
+    verifier: str = ""  # of those that name none (`kdjax/verifiers`)
+    heldout_fraction: float = 0.2  # of the questions, kept for evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """How models answer prompts (`kdjax/generation`)."""
+
+    samples: int = 8  # per prompt
+    new_tokens: int = 64  # at most
+    temperature: float = 1.0  # 0 = the most likely token
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = all
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()  # texts that end an answer, besides the model's own end tokens
+    batch_size: int = 16  # answers at a time
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PassRates:
+    """How often the student is right, and what that makes of a prompt (`kdjax/curation/paced.py`)."""
+
+    weight: str = "paced"  # paced | bayes | uniform | hard_filter | easy | hard | variance | shuffled
+    alpha: float = 1.0  # paced, bayes: exponent of the pass rate
+    beta: float = 1.0  # paced, bayes: exponent of the failure rate
+    normalise: str = "dataset_mean"  # none | dataset_mean | batch_mean | sample
+    estimator: str = "raw"  # raw | laplace | discounted: see kdjax/curation/pass_rates.py
+    prior: float = 1.0  # laplace, discounted, bayes: Beta(prior, prior), 1 = all rates are equally likely
+    discount: float = 0.5  # discounted: what a round counts after one more round
+    fallback: str = "error"  # if all weights are 0: error | uniform
+    seed: int = 0  # shuffled: of the permutation; normalise "sample": of the draws
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """A teacher behind an OpenAI-compatible endpoint (`kdjax/generation/served.py`)."""
+
+    base_url: str = ""
+    model: str = ""  # as the server names it
+    api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key
+    concurrency: int = 8  # requests under way
+    timeout: float = 60.0  # seconds that one request may take
+    retries: int = 5  # per prompt, with growing pauses
+    top_logprobs: int = 0  # log-probabilities of so many tokens a position, where the server gives them
+    prompt_logprobs: int = 0  # the same for the positions of the prompt, which vLLM gives; others refuse the field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +254,10 @@ class Experiment:
     selection: Selection = Selection()
     classes: Classes = Classes()
     cache: Cache = Cache()
+    prompts: Prompts = Prompts()
+    generation: Generation = Generation()
+    pass_rates: PassRates = PassRates()
+    served: Served = Served()
     loss: Loss = Loss()
     optim: Optim = Optim()
     train: Train = Train()

@@ -26,7 +26,7 @@ from kdjax.selection.policies.base import budget, eligible_count, exact, sortabl
 from kdjax.selection.signals import CERTAIN, position_noise
 from kdjax.selection.stats import NEEDS_TEACHER, token_stats
 from kdjax.sharding import Rules
-from kdjax.step import LanguageModel, side_specs
+from kdjax.step import LanguageModel, feed_of, side_specs
 from kdjax.types import Array, Batch, Params, Selection, gather_slots, targets_of
 
 RANDOM_SCORE, RANDOM_POSITIONS = 3, 4  # purposes of noise; 1 and 2 are those of selection/choose.py
@@ -89,6 +89,7 @@ def make_scorer(
             "same number of rows. Change it or mesh.shape."
         )
     step = make_score_step(student, teacher, samples, rules)
+    feed = feed_of(teacher if score.needs_teacher else None)
 
     def scorer(
         student_params: Params, teacher_params: Params, rows: Rows, on_batch: OnBatch | None = None
@@ -96,7 +97,7 @@ def make_scorer(
         if not len(rows):
             raise ValueError("rows must not be empty; there is nothing to score.")
         tokens = np.cumsum((rows.segment_ids > 0).sum(1))
-        batches = (to_batch(columns, rules) for columns in heldout_batches(rows, batch_size))
+        batches = (feed(to_batch(columns, rules)) for columns in heldout_batches(rows, batch_size))
         found = []
         for pair in _in_order(step, student_params, teacher_params, batches):
             found.append(pair)

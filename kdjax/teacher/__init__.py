@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kdjax.teacher.classes import ClassSampler
-from kdjax.types import Array, Batch, CachedTeacher, DenseTargets, Head, SparseTargets, gather_slots
+from kdjax.types import Array, Batch, CachedTeacher, DenseTargets, Head, SparseTargets, TeacherHidden, gather_slots
 
 
 def live_targets(hidden: Array, head: Head, index: Array) -> DenseTargets:
@@ -53,9 +53,9 @@ def cached_targets(sampler: ClassSampler, cached: CachedTeacher, index: Array) -
     return sampler.targets(ids, codes, entropy)
 
 
-def cached_stats(cached: CachedTeacher | None, needs: tuple[str, ...]) -> Mapping[str, Array]:
+def cached_stats(cached: CachedTeacher | TeacherHidden | None, needs: tuple[str, ...]) -> Mapping[str, Array]:
     """The statistics [B, T] among `needs` that the cache knows."""
-    if cached is None:
+    if not isinstance(cached, CachedTeacher):
         return {}
     known = {"teacher_entropy": cached.entropy, "teacher_ce": None if cached.label_logp is None else -cached.label_logp}
     return {name: value for name, value in known.items() if value is not None and name in needs}

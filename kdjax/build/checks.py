@@ -1,0 +1,99 @@
+"""What must fit together in an experiment, said before any weight is read."""
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kdjax.config import Experiment
+from kdjax.data import LoadedData, ids_in
+from kdjax.models import ModelConfig
+from kdjax.models import tokenizer as tokenizers
+from kdjax.selection import Chooser
+from kdjax.selection.stats import NEEDS_TEACHER
+from kdjax.sharding import Rules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def check_paths(experiment: Experiment) -> None:
+    """Raises ValueError if the models that the experiment needs are not named."""
+    kind = experiment.student.init.kind
+    if kind == "cut" and not experiment.teacher.path:
+        raise ValueError("teacher.path must be set, got ''; student.init.kind is 'cut' and cuts layers out of it.")
+    if kind != "cut" and not experiment.student.path:
+        raise ValueError(
+            f"student.path must be set, got ''; student.init.kind is {kind!r}. Name a model, or set student.init.kind "
+            "to 'cut' to cut the student from the teacher."
+        )
+
+
+def check_tokenizers(
+    experiment: Experiment,
+    tokenizer: "PreTrainedTokenizerBase",
+    teacher_cfg: ModelConfig | None,
+    student_cfg: ModelConfig,
+) -> None:
+    """The ids of the data mean to every model what they meant when it was trained; random weights know none."""
+    e = experiment
+    source = e.data.tokenizer or e.teacher.path or e.student.path
+    sides = {} if teacher_cfg is None else {"teacher": (e.teacher.path, teacher_cfg.vocab_size)}
+    if e.student.init.kind == "own":
+        sides["student"] = (e.student.path, student_cfg.vocab_size)
+    for name, (path, rows) in sides.items():
+        where = f"{name}.path"
+        # Where a model comes without a tokenizer, data.tokenizer is the user's word for it.
+        if path == source or (e.data.tokenizer and not tokenizers.has_tokenizer(path, where=where)):
+            continue
+        other = tokenizers.load_tokenizer(path, where=where)
+        first, first_rows = ("data", rows) if e.data.tokenizer else ("teacher", sides["teacher"][1])
+        tokenizers.check_same_tokenizer(tokenizer, other, first_rows, rows, (first, name))
+
+
+def check_ids(data: LoadedData, student_cfg: ModelConfig, teacher_cfg: ModelConfig | None) -> None:
+    """Raises ValueError if the data has an id that a model has no row for."""
+    widths = ({} if teacher_cfg is None else {"teacher": teacher_cfg.vocab_size}) | {"student": student_cfg.vocab_size}
+    largest = int(np.max(np.concatenate([ids_in(data.train), ids_in(data.heldout)])))
+    for name, width in widths.items():
+        if largest >= width:
+            raise ValueError(
+                f"data.tokenizer must emit ids below the {name}'s vocabulary of {width}, got {largest}; it is not the "
+                f"tokenizer of the {name}. Set data.tokenizer or {name}.path."
+            )
+
+
+def check_cached(e: Experiment, chooser: Chooser) -> None:
+    """A cache can serve this experiment. Raises ValueError that says what it cannot know."""
+    if e.classes.kind == "all":
+        raise ValueError(
+            "classes.kind must be 'sampled' or a top-k kind with teacher.source='cache', got 'all'; a cache holds a "
+            "few entries per position. Set classes.kind='sampled'."
+        )
+    if not isinstance(e.loss.tau, float):
+        raise ValueError(
+            f"loss.tau must be a number with teacher.source='cache', got {e.loss.tau!r}; the entries were drawn at one "
+            "temperature. Set a number."
+        )
+    held = {"teacher_entropy": e.cache.entropy and e.loss.tau == 1, "teacher_ce": e.cache.label_logp}
+    for name in chooser.needs:
+        if name in NEEDS_TEACHER and not held.get(name, False):
+            how = {
+                "teacher_entropy": "Set cache.entropy=True and loss.tau=1.0",
+                "teacher_ce": "Set cache.label_logp=True",
+            }
+            raise ValueError(
+                f"selection.signal must not need {name!r} of the teacher with this cache, got {e.selection.signal!r}; "
+                f"the cache does not hold it. {how.get(name, 'Set another signal')} or teacher.source='live'."
+            )
+
+
+def check_rows(experiment: Experiment, rules: Rules, of_teacher: Rules) -> None:
+    """Raises ValueError if the rows of a micro-batch cannot be shared out evenly, the student's or the teacher's."""
+    rows = experiment.train.batch_size // experiment.train.accumulate
+    shards = math.lcm(rules.batch_shards, of_teacher.batch_shards)
+    if rows % shards:
+        raise ValueError(
+            f"train.batch_size / train.accumulate must be a multiple of the {shards} parts that the mesh cuts a batch "
+            f"into, got {rows}; each takes the same number of rows. Change train.batch_size or mesh.shape."
+        )

@@ -1,0 +1,152 @@
+"""The parts of the step from an `Experiment` and shapes alone."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import optax
+
+from kdjax import config as schema
+from kdjax import models, registry
+from kdjax.build.checks import check_cached
+from kdjax.config import Experiment
+from kdjax.losses import LOSSES
+from kdjax.losses.objective import Objective
+from kdjax.models import ModelConfig
+from kdjax.optim import make_optimiser
+from kdjax.schedules import Schedule, make_schedule
+from kdjax.selection import POLICIES, SIGNALS, Chooser
+from kdjax.sharding import Rules
+from kdjax.step import LanguageModel, StepParts
+from kdjax.teacher.classes import CLASSES, make_class_sampler
+from kdjax.types import Array, Batch, Head, Params, TeacherHidden
+
+if TYPE_CHECKING:
+    pass
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+def build_parts(
+    experiment: Experiment,
+    student_cfg: ModelConfig,
+    teacher_cfg: ModelConfig | None,
+    rules: Rules,
+    *,
+    cached: bool | None = None,
+) -> StepParts:
+    """The step's parts from shapes alone: no weights, no data; enough to trace or compile a step for any mesh.
+
+    cached: whether batches bring the teacher along; None = as teacher.source says.
+    """
+    e = experiment
+    cached = e.teacher.source == "cache" if cached is None else cached
+    for name, cfg in (("student", student_cfg), ("teacher", teacher_cfg)):
+        if cfg is not None and e.data.seq_len > cfg.max_positions:
+            raise ValueError(
+                f"data.seq_len must be at most the {cfg.max_positions} positions that the {name} was made for, got "
+                f"{e.data.seq_len}. Lower it."
+            )
+    chooser, objective, optimiser, rate = named_parts(e)
+    vocab = shared_vocabulary(student_cfg, teacher_cfg)
+    compute = registry.lookup(DTYPES, e.student.compute_dtype, "student.compute_dtype")
+    of_teacher = rules.of_preset(e.teacher.preset)
+    # The finer cut of the rows is also one for the coarser: hidden states get there without communication.
+    rows = of_teacher if rules.preset.tensor and teacher_cfg is not None and not cached else rules
+    teacher = None
+    if teacher_cfg is not None and not cached:
+        dtype = registry.lookup(DTYPES, e.teacher.dtype, "teacher.dtype")
+        if e.teacher.devices:
+            of_teacher = rows = rules
+        teacher = language_model(teacher_cfg, of_teacher, vocab, dtype, rows=rows)
+        if e.teacher.devices:
+            teacher = dataclasses.replace(teacher, hidden=_hidden_of_batch)
+    student = language_model(student_cfg, rules, vocab, compute, e.student.remat, rows=rows)
+    classes = None if e.classes.kind == "all" else make_class_sampler(e.classes, vocab)
+    if cached:
+        check_cached(e, chooser)
+    return StepParts(
+        student, teacher, chooser, objective, optimiser, rate, rows, e.train.accumulate, classes, cached=cached
+    )
+
+
+def named_parts(e: Experiment) -> tuple[Chooser, Objective, optax.GradientTransformation, Schedule]:
+    """What the step needs besides the models."""
+    chooser = build_chooser(e.selection)
+    objective = build_objective(e.loss).for_policy(e.selection.policy, chooser.policy.gives)
+    if e.classes.kind != "all":
+        registry.lookup(CLASSES, e.classes.kind, "classes.kind")
+        objective = objective.for_sparse_targets(e.classes.kind)
+    return chooser, objective, *make_optimiser(e.optim, e.train.steps)
+
+
+def build_chooser(config: schema.Selection) -> Chooser:
+    """How positions are chosen."""
+    policy = registry.lookup(POLICIES, config.policy, "selection.policy")(config)
+    signal = registry.lookup(SIGNALS, policy.signal or config.signal, "selection.signal")
+    by_score = config.weighting == "signal"
+    return Chooser(signal if policy.uses_signal or by_score else None, policy, by_score)
+
+
+def build_objective(config: schema.Loss) -> Objective:
+    """The mixture that `loss` describes; a term of constant weight 0 is left out, so that it costs nothing."""
+    terms, weights = {}, {}
+    for entry in config.terms:
+        if not isinstance(entry, (tuple, list)) or len(entry) != 2:
+            raise ValueError(f"loss.terms must hold (name, weight) pairs, got {entry!r}. Write (('forward_kl', 1.0),).")
+        name, weight = entry
+        if name in terms:
+            raise ValueError(f"loss.terms must name each loss once, got {name!r} twice. Add up their weights.")
+        term = registry.lookup(LOSSES, name, "loss.terms")(config)
+        if weight != 0:
+            terms[name] = term
+            weights[name] = make_schedule(tuple(weight) if isinstance(weight, list) else weight, "loss.terms")
+    if not terms:
+        raise ValueError(
+            f"loss.terms must have a weight that is not 0, got {config.terms!r}; nothing would be learned."
+        )
+    return Objective(terms, weights, make_schedule(config.tau, "loss.tau"), config.reduction)
+
+
+def language_model(
+    cfg: ModelConfig,
+    rules: Rules,
+    vocab: int,
+    compute_dtype: Any,
+    remat: str = "none",
+    rows: Rules | None = None,
+) -> LanguageModel:
+    """One of our models as the step sees it, its head cut to the `vocab` columns that both sides have.
+
+    rows: how the step splits rows, if that is another way than the model's own; hidden states are brought there.
+    Raises ValueError if tensor parallelism does not divide the model.
+    """
+    split_rows = rules if rows is None else rows
+    spec = models.param_specs(cfg)["embed" if cfg.tied else "head"]
+    models.abstract_params(cfg, rules)  # says what does not divide
+
+    def hidden(params: Params, batch: Batch) -> Array:
+        inputs = [rules.reshard(a, rules.batch_spec(2)) for a in (batch.tokens, batch.segment_ids, batch.positions)]
+        found = models.hidden(cfg, params, *inputs, rules=rules, compute_dtype=compute_dtype, remat=remat)
+        return split_rows.reshard(found, split_rows.batch_spec(3))
+
+    def head(params: Params) -> Head:
+        return dataclasses.replace(models.head(cfg, params, compute_dtype=compute_dtype), vocab_size=vocab)
+
+    return LanguageModel(hidden, head, rules.storage_spec(spec.axes, spec.shape))
+
+
+def _hidden_of_batch(params: Params, batch: Batch) -> Array:
+    """Of a teacher on devices of its own."""
+    if not isinstance(batch.teacher, TeacherHidden):
+        raise ValueError(
+            "batch.teacher must hold the teacher's hidden states. Let the batch go through its feed first."
+        )
+    return batch.teacher.hidden
+
+
+def shared_vocabulary(student_cfg: ModelConfig, teacher_cfg: ModelConfig | None) -> int:
+    """The columns that both heads have."""
+    return min(cfg.vocab_size for cfg in (student_cfg, teacher_cfg) if cfg is not None)
