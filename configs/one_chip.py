@@ -2,7 +2,7 @@
 
 Command:   python -m launch.plan  --config=configs/one_chip.py --topology=v5e:1x1
            python -m launch.train --config=configs/one_chip.py --workdir=runs/one_chip
-Hardware:  one chip with 16 GB; compiled for v5e, not run there: 3.2 GiB of it
+Hardware:  one chip with 16 GB; compiled for v5e, not run there: 3.1 GiB of it
 Time:      not run on a chip; by launch.plan's estimate at least 0.035 s a step
 Result:    report.html in the workdir
 

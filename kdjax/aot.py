@@ -45,14 +45,15 @@ class Chip:
 
 
 ONE_HOST = (("chips_per_host_bounds", (1, 1, 1)),)
-# Interconnect, one way: 2400, 1600, 4800, 3200, 4800 Gbit/s a chip, NVLink 450 GB/s. Network: 25, 50, 100 Gbit/s a chip
-# of v5e (6.4 Tbit/s a pod of 256), v5p, v6e; 400 Gbit/s a GPU.
+# Interconnect, one way: 2400, 1600, 4800, 3200, 4800 Gbit/s a chip, NVLink 450 GB/s. Network: 25, 50, 100, 100 Gbit/s a
+# chip of v5e (6.4 Tbit/s a pod of 256), v5p, v6e (25.6 Tbit/s a pod), tpu7x, by the vendor's pages; of v4 they say
+# nothing. 400 Gbit/s a GPU is what a DGX H100 has; other machines differ.
 CHIPS = {
     "v4": Chip("tpu", "v4:2x2x1", 275e12, 1.2e12, 32e9, 300e9, None, 3, (2, 2, 1)),
     "v5e": Chip("tpu", "v5e:1x1", 197e12, 0.82e12, 16e9, 200e9, 3.1e9, 2, (2, 2, 1), ONE_HOST),
     "v5p": Chip("tpu", "v5p:2x2x1", 459e12, 2.77e12, 95e9, 600e9, 6.25e9, 3, (2, 2, 1)),
     "v6e": Chip("tpu", "v6e:1x1", 918e12, 1.64e12, 32e9, 400e9, 12.5e9, 2, (2, 2, 1), ONE_HOST),
-    "tpu7x": Chip("tpu", "tpu7x:2x2x1", 1154e12, 3.69e12, 96e9, 300e9, None, 3, (2, 2, 1), devices=2),
+    "tpu7x": Chip("tpu", "tpu7x:2x2x1", 1154e12, 3.69e12, 96e9, 300e9, 6.25e9, 3, (2, 2, 1), devices=2),
     "h100": Chip("gpu", "1x1x1", 989e12, 3.35e12, 80e9, 450e9, 50e9, 1, (8,)),
 }
 SHAPES = "v5e:4x4, v6e:2x4, v4:2x2x2, v5p:4x4x4, tpu7x:2x2x1, h100:8; two slices: v5e:4x4:2"

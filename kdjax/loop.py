@@ -26,13 +26,15 @@ from kdjax.build import Built, samples_basis
 from kdjax.checkpoint import Checkpoints, abstract_like, agreed, config_difference, require_same, require_shared
 from kdjax.config import Experiment, fingerprint, trajectory
 from kdjax.curation import Scorer, keep, load_samples, make_scorer, overlap, positions_of, write_samples
-from kdjax.data import Rows, as_batch, fed_places, heldout_batches, on_mesh, take, to_batch, train_iterator
+from kdjax.data import Rows, as_batch, fed_places, on_mesh, take, train_iterator
+from kdjax.data.pipeline import Columns
 from kdjax.evals.evaluation import Evaluation
-from kdjax.evals.heldout import evaluate, make_eval_step
-from kdjax.report_data import write_after, write_before
+from kdjax.run.heldout import Heldout
+from kdjax.run.own_answers import OwnAnswers, own_answers
+from kdjax.run.report_data import write_after, write_before
 from kdjax.run_log import Progress, RunLog
 from kdjax.sharding import Rules
-from kdjax.step import StepReport, feed_of, feed_step, init_state, make_train_step
+from kdjax.step import StepReport, feed_step, init_state, make_train_step
 from kdjax.types import Batch, Params, TrainState
 
 
@@ -88,7 +90,8 @@ def run(built: Built, workdir: Path) -> Outcome:
         start = _agreed_step(checkpoints.latest)
         if start is not None:
             state, start = checkpoints.restore(abstract_like(state), identity, start)
-        rows = RowChoice(built, workdir)
+        own = own_answers(built, workdir)
+        rows = RowChoice(built, workdir, own)
         data = rows.iterator(start or 0)
         config = dataclasses.asdict(e)
         with RunLog(
@@ -99,7 +102,7 @@ def run(built: Built, workdir: Path) -> Outcome:
             wandb_project=e.log.wandb_project,
             config=config,
         ) as log:
-            run_state = _Running(built, log, heldout, checkpoints, identity, data, rows, stop_asked)
+            run_state = _Running(built, log, heldout, checkpoints, identity, data, rows, stop_asked, own)
             if start is None:
                 run_state.evaluate(0, state.params)
                 write_before(workdir, built)
@@ -132,8 +135,8 @@ def restore(built: Built, workdir: Path, step: str = "") -> tuple[TrainState, in
 class RowChoice:
     """Which rows the run trains on: those of `built.train`, chosen anew every `samples.rescore_every` steps."""
 
-    def __init__(self, built: Built, workdir: Path) -> None:
-        self._built, self._workdir = built, workdir
+    def __init__(self, built: Built, workdir: Path, own: OwnAnswers | None = None) -> None:
+        self._built, self._workdir, self._own = built, workdir, own
         self._every = built.experiment.samples.rescore_every
         self._scorer: Scorer | None = None
         self._now = built.train
@@ -174,10 +177,17 @@ class RowChoice:
             e.train.batch_size,
             e.train.seed,
             phase=phase,
-            start=step - phase * self._every,
+            start=step - phase * self._every if self._own is None else self._own.others_before(step),
             fed=fed_places(self._built.rules, e.train.batch_size, e.train.accumulate),
-            teacher=None if self._built.cache is None else self._built.cache.columns,
+            teacher=self._teacher(),
         )
+
+    def _teacher(self) -> Any:
+        """What reads the teacher's columns of a batch."""
+        if self._built.cache is not None:
+            return self._built.cache.columns
+        text = self._built.teacher_text
+        return (lambda ids, *_: {name: column[ids] for name, column in text.items()}) if text else None
 
     def _rows(self, phase: int) -> Rows:
         if phase == 0:
@@ -187,23 +197,6 @@ class RowChoice:
 
     def _folder(self, phase: int) -> Path:
         return self._workdir / "rescored" / f"step-{phase * self._every}"
-
-
-class Heldout:
-    """The held-out figures of a student at any time, compiled once."""
-
-    def __init__(self, built: Built) -> None:
-        self._built = built
-        self._step = make_eval_step(built.parts.student, built.parts.teacher, built.rules)
-        self._feed = feed_of(built.parts.teacher)
-
-    def __call__(self, params: Params) -> Evaluation:
-        """Figures of `params` and of the teacher on `eval.rows` held-out rows."""
-        config, rules = self._built.experiment.eval, self._built.rules
-        size = -(-config.batch_size // rules.batch_shards) * rules.batch_shards
-        rows = heldout_batches(self._built.data.heldout, size, config.rows)
-        batches = (self._feed(to_batch(columns, rules)) for columns in rows)
-        return evaluate(self._step, params, self._built.teacher_params, batches)
 
 
 @dataclasses.dataclass
@@ -218,6 +211,7 @@ class _Running:
     data: Any
     rows: "RowChoice"
     stop_asked: Callable[[], bool]
+    own: OwnAnswers | None = None
     evaluation: Evaluation | None = None
 
     def evaluate(self, step: int, params: Params) -> Evaluation:
@@ -225,12 +219,24 @@ class _Running:
         self.log.write_evaluation(step, "student", self.evaluation.to_dict())
         return self.evaluation
 
+    def columns(self, step: int, params: Params, window: "_Window") -> Columns:
+        """The rows of a step: those of the data, or the student's own answers, written now if a block is due."""
+        if self.own is None or not self.own.takes(step):
+            found: Columns = next(self.data)
+            return found
+        if self.own.due(step):
+            window.settle()
+            if figures := self.own.load(step, params):
+                self.log.write(step, figures)
+            window.restart_clock()
+        return self.own.columns(step)
+
     def steps(self, step_function: Any, state: TrainState, start: int, workdir: Path) -> Outcome:
         e, total = self.built.experiment, self.built.experiment.train.steps
         progress, window = Progress(total, start_step=start), _Window(self.log, e.train.log_every)
         interrupted, feed = False, feed_step(self.built.parts)
         for step in range(start + 1, total + 1):
-            columns = next(self.data)
+            columns = self.columns(step, state.params, window)
             batch = feed(place(columns, self.built.rules, e.train.accumulate))
             state, report = step_function(state, self.built.teacher_params, batch)
             window.dispatched(step, report, columns, batch)

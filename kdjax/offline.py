@@ -1,16 +1,29 @@
-"""From what is built to the teacher's cache: what is computed of a row, and the file it goes into."""
+"""From what is built to files that training reads later: the teacher's cache, and answers to prompts."""
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
 
 import kdjax
 from kdjax import config as schema
-from kdjax.build import Built, build_chooser, cache_identity, check_cached
+from kdjax import registry
+from kdjax.build import DTYPES, Built, build_chooser, cache_identity, check_cached
 from kdjax.curation import params_fingerprint
 from kdjax.curation.teacher_pass import TeacherPass
 from kdjax.data import Rows
+from kdjax.data.prompts import Prompt
+from kdjax.generation import speaker
+from kdjax.generation.generate import Source, Summary, generate, identity, of_model
+from kdjax.models import tokenizer as tokenizers
+from kdjax.run_log import Progress
+from kdjax.teacher.apart import share_devices
 from kdjax.teacher.cache import CacheWriter, Header, create_or_open, rows_digest
+from kdjax.types import Params
 
 
 def teacher_pass(built: Built) -> TeacherPass:
@@ -56,3 +69,87 @@ def open_writer(built: Built, rows: Rows, path: str, command: str) -> CacheWrite
         },
     )
     return create_or_open(path, header, rows.row_id, rows.row_hash)
+
+
+def to_answer(experiment: schema.Experiment, *, teacher: bool = False) -> schema.Experiment:
+    """The experiment with what its untrained student, or its teacher, needs to answer prompts, and no more.
+
+    Answers that are trained on may not be there yet; a teacher from which no student is cut need not be loaded.
+    """
+    e = dataclasses.replace(experiment, on_policy=schema.OnPolicy())
+    e = dataclasses.replace(e, prompts=dataclasses.replace(e.prompts, answers=""))
+    if teacher or e.student.init.kind == "cut":
+        return e
+    data = dataclasses.replace(e.data, tokenizer=e.data.tokenizer or e.teacher.path)
+    return dataclasses.replace(e, teacher=schema.Teacher(), data=data)
+
+
+def student_answers(
+    built: Built, prompts: Sequence[Prompt], settings: schema.Experiment, params: Params | None = None
+) -> tuple[Source, dict[str, Any], str]:
+    """The student as (a source of answers, what they depend on, what it is in words); see `write_answers`.
+
+    settings: the experiment whose generation.* and data.* apply. params: of a trained student; None = the initial one.
+    """
+    source = built.student_source if params is None else "the student of a run"
+    params = built.student_params if params is None else params
+    dtype = registry.lookup(DTYPES, built.experiment.student.compute_dtype, "student.compute_dtype")
+    model = speaker(built.student_cfg, params, built.tokenizer, rules=built.rules, compute_dtype=dtype)
+    depends = identity(
+        params_fingerprint(params),
+        tokenizers.fingerprint(built.tokenizer),
+        prompts,
+        settings.generation,
+        settings.data,
+    )
+    return of_model(model, prompts, settings.generation, settings.data), depends, source
+
+
+def teacher_answers(built: Built, prompts: Sequence[Prompt]) -> tuple[Source, dict[str, Any], str]:
+    """As `student_answers`, of the teacher. Raises ValueError if there is none."""
+    e, teacher = built.experiment, built.teacher
+    if teacher is None:
+        raise ValueError("teacher.path must be set, got ''; there is nobody to ask. Name a model.")
+    dtype = registry.lookup(DTYPES, e.teacher.dtype, "teacher.dtype")
+    rules = share_devices(e)[1]
+    model = speaker(teacher.cfg, teacher.params, built.tokenizer, rules=rules, compute_dtype=dtype)
+    token_ids = tokenizers.fingerprint(built.tokenizer)
+    depends = identity(teacher.fingerprint, token_ids, prompts, e.generation, e.data)
+    return of_model(model, prompts, e.generation, e.data), depends, teacher.source
+
+
+def write_answers(
+    directory: str | Path,
+    prompts: Sequence[Prompt],
+    samples: int,
+    who: tuple[Source, dict[str, Any], str],
+    experiment: schema.Experiment,
+    command: str,
+) -> Summary:
+    """The answers of `who` in `directory`, with a progress line; see `generation.generate`.
+
+    experiment, command: kept in the manifest for people. Raises ValueError in a run of several processes.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"answers must be written by one process, got {jax.process_count()}. Start one, with --processes=1."
+        )
+    source, depends, name = who
+    made = {
+        "kdjax": kdjax.__version__,
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": name,
+        "command": command,
+        "config": json.loads(json.dumps(dataclasses.asdict(experiment))),
+    }
+    shown: list[Progress] = []
+
+    def on_progress(done: int, total: int, rate: float) -> None:
+        if not shown:  # by now it is known how many were there before
+            shown.append(Progress(total, start_step=done - 1, unit="answer"))
+        shown[0].update(done, tokens_per_second=rate)
+
+    found = generate(directory, prompts, samples, source, depends, made, on_progress)
+    for progress in shown:
+        progress.close()
+    return found

@@ -37,10 +37,16 @@ def _hold_linear(start: float, end: float, hold: float, steps: float) -> Schedul
     return optax.linear_schedule(start, end, _positive(steps - hold, "steps - hold"), transition_begin=hold)
 
 
+def _step(before: float, after: float, at: float) -> Schedule:
+    """`before` for the first `at` updates, `after` from then on."""
+    return lambda step: jnp.where(jnp.asarray(step) < at, before, after).astype(jnp.float32)
+
+
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "constant": optax.constant_schedule,
     "linear": _linear,  # (start, end, steps)
     "cosine": _cosine,  # (start, end, steps)
+    "step": _step,  # (before, after, at)
     "hold_linear": _hold_linear,  # (start, end, hold, steps)
 }
 

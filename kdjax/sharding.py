@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -180,7 +181,8 @@ class Rules:
             if tensor:
                 rows = jax.lax.psum(rows, vocab)
             else:
-                rows = jax.lax.psum_scatter(rows, vocab, scatter_dimension=0, tiled=True)
+                for name in vocab:  # one axis at a time, as in `gather`
+                    rows = jax.lax.psum_scatter(rows, name, scatter_dimension=0, tiled=True)
             return jnp.where(((ids >= 0) & (ids < table.shape[0]))[:, :, None], rows, jnp.nan)
 
         found = self.rowwise(local, (spec, self.batch_spec(2)), self.batch_spec(3))(table, tokens)
@@ -258,7 +260,7 @@ def make_rules(mesh: config.Mesh, devices: Sequence[Any] | None = None) -> Rules
             )
         return Rules(kernels=kernels, attention=attention)
     available = list(jax.devices() if devices is None else devices)
-    sizes = _sizes(mesh, preset, len(available))
+    sizes = _sizes(mesh, preset, available)
     count = math.prod(sizes.values())
     if count > len(available) or (devices is not None and count != len(available)):
         raise ValueError(
@@ -276,31 +278,78 @@ def make_rules(mesh: config.Mesh, devices: Sequence[Any] | None = None) -> Rules
 def _grid(sizes: dict[str, int], devices: list[Any]) -> jax.sharding.Mesh:
     """The devices as a mesh; of several slices, the first axis goes over them, so that the others stay within one."""
     shape, types = tuple(sizes.values()), (AxisType.Explicit,) * len(sizes)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return jax.make_mesh(shape, tuple(sizes), axis_types=types, devices=devices)
-    if shape[0] % slices:
+    slices = _slices(devices)
+    if shape[0] % len(slices):
         name = next(iter(sizes))
         raise ValueError(
-            f"mesh.shape must have a first axis that the {slices} slices divide, got {name}:{shape[0]}; only its "
-            f"traffic fits the network between them. Start it with 'replica:{slices}'."
+            f"mesh.shape must have a first axis that the {len(slices)} slices divide, got {name}:{shape[0]}; only its "
+            f"traffic fits the network between them. Start it with 'replica:{len(slices)}'."
         )
-    inner = (shape[0] // slices, *shape[1:])
-    outer = (slices, *[1] * (len(shape) - 1))
-    return jax.sharding.Mesh(
-        mesh_utils.create_hybrid_device_mesh(inner, outer, devices), tuple(sizes), axis_types=types
-    )
+    if len({len(one) for one in slices}) > 1:
+        raise ValueError(
+            f"mesh.shape must take as many devices of each slice, got {', '.join(str(len(one)) for one in slices)}; "
+            "the first axis goes over whole slices. Change its sizes, or teacher.devices."
+        )
+    inner = (shape[0] // len(slices), *shape[1:])
+    grid = np.concatenate([_placed(inner, one) for one in slices])
+    return jax.sharding.Mesh(grid, tuple(sizes), axis_types=types)
 
 
-def _sizes(mesh: config.Mesh, preset: Preset, available: int) -> dict[str, int]:
-    """Axis -> size, from "data:4,model:-1"; "" = all devices along data, or along model with tp."""
+def _slices(devices: list[Any]) -> list[list[Any]]:
+    """The devices slice by slice."""
+    found: dict[int, list[Any]] = {}
+    for device in devices:
+        found.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    return [found[index] for index in sorted(found)]
+
+
+def _placed(shape: tuple[int, ...], devices: list[Any]) -> Any:
+    """The devices of a slice as an array, neighbours of a torus along its axes; as they come if they fill no box."""
+    if devices[0].platform == "tpu" and not _torus(devices):
+        return np.array(devices, dtype=object).reshape(shape)
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def _torus(devices: list[Any]) -> tuple[int, ...]:
+    """Sizes of the box that TPU chips, and the cores of one, fill, without those of 1; () if they fill none."""
+    if devices[0].platform != "tpu":
+        return ()
+    places = [(*device.coords, device.core_on_chip) for device in devices]
+    sizes = [max(along) - min(along) + 1 for along in zip(*places, strict=True)]
+    return tuple(size for size in sizes if size > 1) if math.prod(sizes) == len(devices) else ()
+
+
+def _default(preset: Preset, devices: list[Any]) -> dict[str, int]:
+    """Axis -> size where mesh.shape is "": all devices along data, or along model with tp; but on TPUs
+
+    - replica goes over the slices, which a slow network joins.
+    - fsdp has two axes on a torus of 16 chips and more, or of three dimensions: over one axis that is a square or a
+      cube of chips the compiler makes all-reduces, with twice the bytes, of the reduce-scatters of gradients. Each is
+      made of whole dimensions, as even as they allow. (On 8 chips or fewer of a plane one axis is a ring.)
+    """
+    name = MODEL if preset.tensor else DATA
+    if devices[0].platform != "tpu":
+        return {name: len(devices)}
+    slices = _slices(devices)
+    outer = {REPLICA: len(slices)} if len(slices) > 1 else {}
+    each, torus = len(devices) // len(slices), _torus(slices[0])
+    if not preset.fsdp or len(torus) < 2 or (len(torus) == 2 and each <= 8):
+        return outer | {name: each}
+    cuts = [(math.prod(torus[:at]), math.prod(torus[at:])) for at in range(len(torus) - 1, 0, -1)]
+    data, model = min(cuts, key=max)
+    return outer | {DATA: data, MODEL: model}
+
+
+def _sizes(mesh: config.Mesh, preset: Preset, devices: list[Any]) -> dict[str, int]:
+    """Axis -> size, from "data:4,model:-1"; "" = `_default`."""
+    available = len(devices)
     if not mesh.shape:
         if preset.tensor and preset.fsdp:
             raise ValueError(
                 f"mesh.shape must be set with mesh.preset={mesh.preset!r}, got ''. Set for example "
                 f"'data:{max(1, available // 2)},model:{min(2, available)}' on {available} devices."
             )
-        return {MODEL if preset.tensor else DATA: available}
+        return _default(preset, devices)
     sizes: dict[str, int] = {}
     for part in mesh.shape.split(","):
         name, _, size = part.strip().partition(":")

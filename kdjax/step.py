@@ -40,6 +40,7 @@ from kdjax.types import (
     Selection,
     SparseTargets,
     TeacherHidden,
+    TeacherText,
     TrainState,
     gather_slots,
     targets_of,
@@ -195,7 +196,7 @@ def make_supervise(parts: StepParts) -> Callable[[Params, Params, Batch, Any, Ar
                 (teacher_model.hidden(teacher_params, batch), teacher_model.head(teacher_params))
             )
             specs[1] = side_specs(teacher_model, rules)
-        if isinstance(batch.teacher, TeacherHidden):
+        if isinstance(batch.teacher, (TeacherHidden, TeacherText)):
             batch = dataclasses.replace(batch, teacher=None)
         batch_spec = jax.tree.map(lambda a: row(a.ndim), batch)
         local = rules.rowwise(

@@ -32,8 +32,8 @@ class Batch:
     row_id:      int32 [B], the row's index in the data set; the same in every epoch.
     epoch:       int32 [B], how often the data set was gone through before this row.
     weight:      float32 [B], the row's weight in the loss (sample axis); 1 by default.
-    teacher:     what a cache holds of the teacher for these rows, or the hidden states that a teacher on devices of its
-                 own found; None with a teacher beside the student.
+    teacher:     what a cache holds of the teacher for these rows, the hidden states that a teacher on its own devices
+                 found, or another text that the teacher reads in their place; None = it reads what the student reads.
     """
 
     tokens: Array
@@ -43,7 +43,7 @@ class Batch:
     row_id: Array
     epoch: Array
     weight: Array
-    teacher: CachedTeacher | TeacherHidden | None = None
+    teacher: CachedTeacher | TeacherHidden | TeacherText | None = None
 
 
 @flax.struct.dataclass
@@ -68,6 +68,20 @@ class TeacherHidden:
     """hidden: [B, T, D_teacher], after the final norm, from a teacher on devices of its own (`teacher/apart.py`)."""
 
     hidden: Array
+
+
+@flax.struct.dataclass
+class TeacherText:
+    """What the teacher reads where its prompt is not the student's, as in self-distillation; the answers are the same.
+
+    tokens, segment_ids, positions: int32 [B, U], as in `Batch`. index: int32 [B, T], the place in the teacher's row
+    that predicts what the student's place does; any where the student's predicts no answer.
+    """
+
+    tokens: Array
+    segment_ids: Array
+    positions: Array
+    index: Array
 
 
 @flax.struct.dataclass

@@ -1,16 +1,17 @@
-"""How fast it is: python -m launch.bench [--suite=step|phases|kernels] [--rounds=5] [--fraction=0.2]
+"""How fast it is: python -m launch.bench [--suite=step|phases|kernels|generation] [--rounds=5] [--fraction=0.2]
 
 step: one KD step at SmolLM2's shapes and its parts. phases: scoring, caching and training of SE-KD 3X against live
-steps, with real weights and text. kernels: every vocabulary kernel at shapes of real models, timed
-here and compiled for the TPUs and GPUs that are not here; a dated CSV is written as well. Both compare with a plain
-matrix product of the same process, in turn with it: shared machines drift, ratios within a round do not.
+steps, with real weights and text. generation: reading prompts and making tokens. kernels: every vocabulary kernel at
+shapes of real models, timed here and compiled for the TPUs and GPUs that are not here; a dated CSV is written as well.
+Step and kernels compare with a plain matrix product of the same process, generation with a pass over the weights, in
+turn with it: shared machines drift, ratios within a round do not.
 """
 
 from absl import flags
 
 from launch import app
 
-flags.DEFINE_enum("suite", "step", ["step", "phases", "kernels"], "What is measured.")
+flags.DEFINE_enum("suite", "step", ["step", "phases", "kernels", "generation"], "What is measured.")
 flags.DEFINE_integer("rounds", None, "How often everything is timed: 5, kernels 3.", lower_bound=1)
 
 flags.DEFINE_integer("batch", 4, "step, phases: rows.")
@@ -42,6 +43,10 @@ def main() -> None:
         from launch import bench_phases
 
         bench_phases.run(rounds or 5)
+    elif flags.FLAGS.suite == "generation":
+        from launch import bench_generation
+
+        bench_generation.run(rounds or 5)
     else:
         from launch import bench_kernels
 

@@ -1,9 +1,17 @@
-"""Choose the rows to train on: python -m launch.curate --config=configs/se_kd.py --workdir=runs/x [--config.samples...]
+"""Choose what to train on: python -m launch.curate --config=configs/se_kd.py --workdir=runs/x [--config.samples...]
 
-Scores each row of the training text (samples.score) with the untrained student and keeps the samples.fraction of them
-with the highest scores; the choice is written to <workdir>/samples, where launch.train looks for it. Run again, it
-leaves a finished choice as it is; another fraction takes the scores that are there. --agreement: with samples.positions
-below 1, the number of rows that are scored in full as well, to say how well the estimate ranks them.
+With samples.fraction below 1 the rows of a text: each is scored (samples.score) by the untrained student, the
+samples.fraction of them with the highest scores are kept; the choice is written to <workdir>/samples, where
+launch.train looks for it. Run again, it leaves a finished choice as it is; another fraction takes the scores that are
+there. --agreement: with samples.positions below 1, the number of rows that are scored in full as well, to say how well
+the estimate ranks them.
+
+With prompts.path the prompts: the student answers each of them generation.samples times, the answers are verified, and
+each prompt gets a weight by its pass rate (pass_rates.weight). <workdir> then holds rollouts/, verified.jsonl,
+pass_rates.jsonl and weights.jsonl. Run again after a kill, it goes on with the answer or the verdict that is missing.
+--add: other workdirs whose pass rates, of other seeds, are added. --earlier: those of the student as it was before,
+oldest first, for estimators of a rate that moves. --snr=32: also the signal-to-noise ratio of the gradients per pass
+rate, on one of prompts.answers for each of up to so many problems; table and <workdir>/snr.jsonl.
 """
 
 import dataclasses
@@ -23,14 +31,20 @@ if TYPE_CHECKING:
     import numpy as np
 
     from kdjax.build import Built
+    from kdjax.config import Experiment
+    from kdjax.curation.chain import Curated
+    from kdjax.data.prompts import Prompt
 
 app.define_config()
 processes.define()
 flags.DEFINE_integer("agreement", 256, "Rows scored in full as well if samples.positions < 1; 0 = none.", lower_bound=0)
 flags.DEFINE_integer("batch_size", 0, "Rows a call; 0 = those of a micro-batch of training.", lower_bound=0)
+flags.DEFINE_list("add", [], "Prompts: workdirs whose pass rates are added, of the same student and another seed.")
+flags.DEFINE_integer("snr", 0, "Prompts: how many of each pass rate have their gradients measured.", lower_bound=0)
+flags.DEFINE_list("earlier", [], "Prompts: workdirs of the pass rates of the student as it was, oldest first.")
 
 QUANTILES = {"least": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "most": 1.0}
-OWN_FLAGS = ("--agreement", "--batch_size")
+OWN_FLAGS = ("--agreement", "--batch_size", "--add", "--earlier", "--snr")
 
 
 def main() -> None:
@@ -39,6 +53,9 @@ def main() -> None:
 
     experiment = from_config_dict(app.require("config"))
     workdir, wanted = Path(app.require("workdir")), experiment.samples
+    if experiment.prompts.path:
+        weigh_prompts(experiment, workdir)
+        return
     if wanted.fraction == 1:
         print("samples.fraction is 1: all rows are used and there is nothing to choose.")
         return
@@ -76,6 +93,104 @@ def main() -> None:
     if processes.first():
         curation.write_samples(workdir, basis, rows, scores, kept, made)
     show(built, scores, kept, made, workdir)
+
+
+def weigh_prompts(experiment: "Experiment", workdir: Path) -> None:
+    """The student's answers -> verdicts -> pass rates -> weights -> summary."""
+    processes.join()
+
+    from kdjax import loop
+    from kdjax.curation import chain, paced
+    from kdjax.curation.pass_rates import load_pass_rates
+    from kdjax.data.prompts import load_prompts, split_prompts
+
+    e = experiment
+    if flags.FLAGS.snr and not e.prompts.answers:
+        raise ValueError("prompts.answers must be set with --snr, got ''; gradients need answers. Set it to 'gold'.")
+    _, prompts = split_prompts(load_prompts(e.prompts), e.prompts)
+    added = [load_pass_rates(Path(name)) for name in flags.FLAGS.add]
+    earlier = [load_pass_rates(Path(name)) for name in flags.FLAGS.earlier]
+    loop.claim_workdir(workdir, e)
+    answer(e, prompts, workdir / chain.ROLLOUTS)
+    found = chain.curate(workdir, prompts, e.prompts.verifier, e.pass_rates, added=added, earlier=earlier)
+    print("\n".join(paced.table(found.weights.summary)))
+    for note in found.notes:
+        print(f"note: {note}")
+    seeds = ", ".join(map(str, found.rates.seeds))
+    print(
+        f"{e.generation.samples} answers a prompt, {found.tokens:,} tokens; generation.seed {seeds}; loss.reduction "
+        f"{e.loss.reduction!r}; pass rates {found.sha256[:12]}"
+    )
+    if flags.FLAGS.snr:
+        measure(e, workdir, found)
+    print(f"files: {workdir / 'weights.jsonl'}, pass_rates.jsonl, verified.jsonl and {chain.ROLLOUTS}/ beside it")
+    print(f"next: {shlex.join(['python', '-m', 'launch.train', *_shared(sys.argv[1:])])}")
+
+
+def answer(e: "Experiment", prompts: "list[Prompt]", folder: Path) -> None:
+    """The untrained student's answers to the prompts in `folder`: those that are missing."""
+    from kdjax import offline
+    from kdjax.build import build
+    from kdjax.config import OnPolicy, Teacher
+
+    # Answers that are trained on may not be there yet, and the teacher has nothing to say here.
+    alone = dataclasses.replace(e, prompts=dataclasses.replace(e.prompts, answers=""), on_policy=OnPolicy())
+    if e.student.init.kind != "cut":
+        data = dataclasses.replace(e.data, tokenizer=e.data.tokenizer or e.teacher.path)
+        alone = dataclasses.replace(alone, teacher=Teacher(), data=data)
+    built = build(alone)
+    command = shlex.join(["python", "-m", "launch.curate", *sys.argv[1:]])
+    student = offline.student_answers(built, prompts, e)
+    offline.write_answers(folder, prompts, e.generation.samples, student, e, command)
+
+
+def measure(e: "Experiment", workdir: Path, curated: "Curated") -> None:
+    """Signal-to-noise of the gradients per pass rate, at the untrained student and the loss of the first step."""
+    import numpy as np
+
+    from kdjax.build import build
+    from kdjax.config import OnPolicy, PassRates
+    from kdjax.curation import paced, snr
+    from kdjax.curation.pass_rates import write_lines
+    from kdjax.data import take
+    from kdjax.run_log import Progress
+
+    built = build(dataclasses.replace(e, pass_rates=PassRates(), on_policy=OnPolicy()), workdir)
+    asked = built.asked
+    if asked is None:
+        raise ValueError(f"prompts.answers must be answers to prompts, got {e.prompts.answers!r}.")
+    row_of = snr.row_of_prompts(built.train, asked.ids)
+    row_by_id = {asked.train[number].id: row for number, row in row_of.items()}
+    rates, bars = curated.rates, curated.weights.summary["histogram"]
+    names, bins = paced.rate_bins(rates)
+    rng, chosen = np.random.default_rng(e.pass_rates.seed), dict[str, list[int]]()
+    for name in names:
+        rows = [row_by_id[i] for i, its in zip(rates.ids, bins, strict=True) if its == name and i in row_by_id]
+        chosen[name] = rng.permutation(rows)[: flags.FLAGS.snr].tolist()
+    every = [row for rows in chosen.values() for row in rows]
+    start, progress, tokens = time.perf_counter(), Progress(len(every), unit="row"), 0
+
+    def on_row(done: int) -> None:
+        nonlocal tokens
+        tokens += int((built.train.segment_ids[every[done - 1]] > 0).sum())
+        progress.update(done, tokens_per_second=tokens / (time.perf_counter() - start))
+
+    gradients = snr.row_gradients(
+        built.parts,
+        built.student_params,
+        built.teacher_params,
+        take(built.train, np.array(every)),
+        text=built.teacher_text,
+        on_row=on_row,
+    )
+    progress.close()
+    found = snr.snr_by_bin(gradients, [name for name, rows in chosen.items() for _ in rows])
+    basis = {"pass_rates": curated.sha256, "answers": e.prompts.answers, "dimensions": snr.DIMENSIONS}
+    write_lines(workdir, "snr", list(snr.lines_of(found)), {"basis": basis})
+    print("\n".join(snr.table(found)))
+    weights, problems = ({line["rate"]: line[of] for line in bars} for of in ("weight", "problems"))
+    share = snr.reached(found, weights, problems)
+    print(f"one small step with these weights gains {share:.0%} of what it would with the best, by the SNR measured")
 
 
 def scored(built: "Built") -> tuple["np.ndarray", dict[str, Any]]:

@@ -28,15 +28,17 @@ def main() -> None:
 
     from kdjax import loop
     from kdjax.build import build, load_experiment
+    from kdjax.run.heldout import Heldout
     from launch.tables import table
 
     experiment = load_experiment(workdir)
     rows = flags.FLAGS.rows
     if rows is not None:
         experiment = dataclasses.replace(experiment, eval=dataclasses.replace(experiment.eval, rows=rows))
-    built = build(experiment, live_teacher=True)
+    # Prompts have their weights in the workdir; nothing else of it is needed.
+    built = build(experiment, workdir if experiment.prompts.path else None, live_teacher=True)
     state, step = loop.restore(built, workdir, flags.FLAGS.step)
-    heldout = loop.Heldout(built)
+    heldout = Heldout(built)
     before = heldout(built.student_params).to_dict() if flags.FLAGS.before else None
     after = heldout(state.params).to_dict()
     if not processes.first():

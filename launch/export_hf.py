@@ -25,7 +25,8 @@ def main() -> None:
     from kdjax.build import build, load_experiment
     from kdjax.models.hf_io import save_hf
 
-    built = build(load_experiment(workdir))
+    experiment = load_experiment(workdir)
+    built = build(experiment, workdir if experiment.prompts.path else None)
     state, step = loop.restore(built, workdir, flags.FLAGS.step)
     save_hf(out, built.student_cfg, state.params, built.tokenizer, dtype=flags.FLAGS.dtype)
     print(f"{out}: the student of {workdir} at step {step}")

@@ -155,6 +155,11 @@ def abstract_step(e: "Experiment", student: "ModelConfig", teacher: "ModelConfig
     from kdjax.data import abstract_batch
     from kdjax.step import init_state
 
+    if e.teacher.devices:
+        raise ValueError(
+            f"teacher.devices must be 0 for launch.plan, got {e.teacher.devices}; it plans steps of which all devices "
+            "have a part. Set it to 0, and for a plan teacher.preset instead."
+        )
     check_rows(e, rules, rules.of_preset(e.teacher.preset))
     parts = build_parts(e, student, teacher, rules)
     params = models.abstract_params(student, rules)

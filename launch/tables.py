@@ -10,6 +10,7 @@ ROWS = (
     ("top-1 agreement", "agreement", "{:.3f}"),
     ("next-token accuracy", "accuracy", "{:.3f}"),
     ("calibration error", "ece", "{:.3f}"),
+    ("right answers to prompts", "answers", "{:.3f}"),
 )
 
 
@@ -25,11 +26,17 @@ def table(before: dict[str, Any] | None, after: dict[str, Any]) -> str:
     columns = {"student before": before, "student after": after}
     shown = {name: evaluation for name, evaluation in columns.items() if evaluation is not None}
     made = [f"{title:28}" + "".join(f"{name:>28}" for name in [*shown, "teacher"])]
-    for label, name, form in ROWS:
+    rows = [row for row in ROWS if row[1] != "answers" or after.get("answers")]
+    for label, name, form in rows:
         cells = [_cell(e.get(name) or e["student"].get(name), form) for e in shown.values()]
         teacher = after.get("teacher") or {}
         made.append(f"{label:28}" + "".join(f"{cell:>28}" for cell in [*cells, _cell(teacher.get(name), form)]))
-    return "\n".join([*made, "[low, high]: 95 % bootstrap interval over held-out rows"])
+    made.append("[low, high]: 95 % bootstrap interval over held-out rows")
+    if after.get("answers"):
+        counts = after["answers"]
+        judged = counts["right"] + counts["wrong"]
+        made[-1] += f"; of answers Wilson, {judged} judged and {counts['undecided']} undecided"
+    return "\n".join(made)
 
 
 def _cell(estimate: dict[str, float | None] | None, form: str) -> str:

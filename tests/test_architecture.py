@@ -31,7 +31,7 @@ LEVELS = [
     "teacher selection losses generation verifiers",
     "step curation analysis",
     "build checkpoint evals",
-    "offline report_data",
+    "offline run",
     "loop",
     "launch configs",
 ]

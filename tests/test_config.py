@@ -182,6 +182,16 @@ RULES = [
     ("generation.top_k", -1, NOT_NEGATIVE, [0]),
     ("generation.min_p", 1.0, "must be in [0, 1)", [0.0]),
     ("generation.batch_size", 0, COUNT, [1]),
+    ("eval.prompts", -1, NOT_NEGATIVE, [0]),
+    ("pass_rates.discount", 1.1, "must be in [0, 1]", [0.0, 1.0]),
+    ("pass_rates.fallback", "all", "must be 'error' or 'uniform'", ["error", "uniform"]),
+    ("pass_rates.prior", 0.0, "must be positive", [0.5]),
+    ("served.prompt_logprobs", -1, NOT_NEGATIVE, [0]),
+    ("on_policy.fraction", 1.5, "must be in [0, 1] or (name, *arguments)", [0.0]),
+    ("on_policy.block", 0, COUNT, [1]),
+    ("on_policy.reuse", 0, COUNT, [1]),
+    ("on_policy.truncated", "cut", "must be 'keep' or 'drop'", ["drop"]),
+    ("on_policy.alarms", "loud", "must be 'warn' or 'stop' or 'off'", ["off"]),
     ("pass_rates.alpha", -1.0, NOT_NEGATIVE, [0.0]),
     ("pass_rates.beta", -1.0, NOT_NEGATIVE, [0.0]),
     ("pass_rates.normalise", "mean", "must be 'none' or 'dataset_mean'", ["none", "sample"]),
@@ -254,6 +264,38 @@ def test_micro_batches_are_even():
     assert made(train__batch_size=6, train__accumulate=3).train.accumulate == 3
     with pytest.raises(ValueError, match="^train.batch_size must be a multiple of train.accumulate, got 6 and 4; "):
         made(train__batch_size=6, train__accumulate=4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"on_policy__fraction": 0.5, "prompts__path": ""},
+            "prompts.path must name prompts, got ''; on_policy.fraction",
+        ),
+        ({"eval__prompts": 9, "prompts__path": ""}, "prompts.path must name prompts, got ''; eval.prompts"),
+        ({"prompts__answers": "gold", "prompts__path": ""}, "prompts.path must name prompts, got ''; prompts.answers"),
+        (
+            {"teacher__privileged": "{answer}", "prompts__path": ""},
+            "prompts.path must name prompts, got ''; teacher.priv",
+        ),
+        ({"on_policy__fraction": 0.5, "teacher__source": "cache"}, "teacher.source must be 'live' with on_policy.frac"),
+        (
+            {"teacher__privileged": "{answer}", "teacher__source": "cache"},
+            "teacher.source must be 'live' with teacher.",
+        ),
+        ({"teacher__privileged": "Think of {question}"}, "teacher.privileged must hold {answer}, got 'Think of"),
+        ({"samples__fraction": 0.5}, "samples.fraction must keep its default with prompts.path, got 0.5; "),
+        ({"cache__superset": 0.5}, "cache.superset must keep its default with prompts.path, got 0.5; "),
+    ],
+)
+def test_prompts_and_what_needs_them(fields, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        made(**({"prompts__path": "arith"} | fields))
+    stages = made(
+        prompts__path="arith", on_policy__fraction=("step", 0, 1, 5), teacher__privileged="{question}{answer}"
+    )
+    assert stages.on_policy.fraction == ("step", 0.0, 1.0, 5.0)
 
 
 def test_a_teacher_has_its_own_devices_only_where_it_runs():

@@ -23,6 +23,7 @@ HALF = math.cos(math.pi / 4)  # a cosine a quarter of the way has gone (1 - HALF
         (("cosine", 1.0, 0.0, 8), {0: 1.0, 2: (1 + HALF) / 2, 4: 0.5, 6: (1 - HALF) / 2, 8: 0.0, 9: 0.0}),
         (("cosine", 0.5, 2.5, 2), {0: 0.5, 1: 1.5, 2: 2.5, 100: 2.5}),
         (("hold_linear", 2.0, 1.0, 4, 8), {0: 2.0, 4: 2.0, 5: 1.75, 6: 1.5, 8: 1.0, 20: 1.0}),
+        (("step", 1.0, 0.25, 3), {0: 1.0, 2: 1.0, 3: 0.25, 50: 0.25}),
         (("hold_linear", 2.0, 1.0, 0, 2), {0: 2.0, 1: 1.5, 2: 1.0}),
     ],
 )
@@ -34,7 +35,7 @@ def test_values(spec, values):
 
 
 def test_every_schedule_is_tried_above():
-    assert set(SCHEDULES) == {"constant", "linear", "cosine", "hold_linear"}
+    assert set(SCHEDULES) == {"constant", "linear", "cosine", "step", "hold_linear"}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from kdjax.config import Experiment
 from kdjax.sharding import REPLICA, Rules
 
 LISTED = 10  # collectives by name
+SLICES = "slices"  # in the place of a mesh axis: over the network that joins slices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,7 @@ def _collectives(text: str | None, work: Work, rules: Rules, teacher_rules: Rule
     found: dict[tuple[str, str], dict[str, Any]] = {}
     traffic = plan_hlo.traffic(text, rules.mesh.size) if text and rules.mesh is not None else plan_hlo.Traffic(())
     for one in traffic.collectives:
-        axis = plan_hlo.by_axis(one, sizes)
+        axis = SLICES if one.network else plan_hlo.by_axis(one, sizes)
         line = found.setdefault((one.kind, axis), {"kind": one.kind, "axis": axis, "count": 0, "sent": 0.0})
         line["count"] += one.times
         line["sent"] += one.sent
@@ -129,7 +130,7 @@ def _estimate(
     own: int,
     moved: dict[str, Any],
 ) -> dict[str, Any]:
-    slices = sum(line["sent"] for line in moved["compiled"] if REPLICA in line["axis"].split("+"))
+    slices = sum(line["sent"] for line in moved["compiled"] if _over_network(line["axis"], topology))
     sent = (moved["sent"] - slices) if moved["compiled"] else moved["implied_sent"]
     roof = plan_time.roofline(topology, devices, flops, plan_time.hbm_bytes(work, own), sent, slices)
     return {
@@ -143,6 +144,14 @@ def _estimate(
         "steps": e.train.steps,
         "hours": e.train.steps * roof.step / 3600,
     }
+
+
+def _over_network(axis: str, topology: Topology) -> bool:
+    """Whether what runs along an axis leaves its slice, or its host of GPUs; TPU programs say so themselves."""
+    chip = CHIPS[topology.chip]
+    if chip.platform == "tpu":
+        return axis == SLICES
+    return topology.chips > chip.host[0] and REPLICA in axis.split("+")
 
 
 def _disk(e: Experiment, inputs: dict[str, Any], work: Work) -> dict[str, Any]:

@@ -3,6 +3,7 @@
     while loops      what is in the body counts as often as the loop turns
     start / done     one collective; so are the pieces that TPU cuts an asynchronous one into (one chain_id)
     fused ones       TPU writes a reduce-scatter as a fusion "all-reduce-scatter" of an all-reduce and a slice
+    slices           what goes to other TPU slices over the hosts' network is a "send" that says which collective it is
 
 Bytes are what one chip sends if the n chips of a group stand in a ring, for an array of b bytes (the whole of it):
     all-gather, reduce-scatter, all-to-all  b (n - 1) / n      all-reduce  2 b (n - 1) / n      collective-permute  b
@@ -28,6 +29,7 @@ class Collective:
     """One collective of the program. bytes: of its whole array; times: per step; group: chips that take part in one.
 
     members: the ids of one group, which say along which mesh axis it runs; where: the operation's name in the source.
+    network: it runs between TPU slices, whose chips have no ids here.
     """
 
     kind: str
@@ -36,6 +38,7 @@ class Collective:
     times: int
     members: tuple[int, ...] = ()
     where: str = ""
+    network: bool = False
 
     @property
     def sent(self) -> float:
@@ -163,7 +166,9 @@ def _walk(
             unknown += _walk(program, body, times * (1 if turns is None else turns), set(), found, devices)
             continue
         kind = next((kind for kind in KINDS if operation in (kind, f"{kind}-start")), None)
-        if kind is not None:
+        if operation == "send":
+            found += _between_slices(matched[2], line, times)
+        elif kind is not None:
             chain = re.search(r'chain_id="(\d+)"', line)
             if chain is None or chain[1] not in chains:
                 found.append(_collective(kind, matched[2], line, name, times, devices))
@@ -186,6 +191,19 @@ def _collective(kind: str, result: str, line: str, computation: str, times: int,
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     return Collective(kind, size, group, times, members, _named(line))
+
+
+def _between_slices(result: str, line: str, times: int) -> list[Collective]:
+    """The collective that a send to the hosts' network begins; of a gather it has one slice's part. Else none."""
+    stated = re.search(r'_xla_megascale_transfer_type="(\w+)"', line)
+    if stated is None:
+        return []
+    kind = "collective-permute" if stated[1] == "ONE_TO_ONE" else stated[1].lower().replace("_", "-")
+    slices = re.search(r"_xla_megascale_target=\"?\{\{?([\d,]+)", line)
+    group = 2 if kind == "collective-permute" or slices is None else slices[1].count(",") + 1
+    size = array_bytes(result.split(", u32[]")[0]) * (group if kind == "all-gather" else 1)
+    named = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', line)
+    return [Collective(kind, size, group, times, (), named[1] if named else "", True)]
 
 
 def _started(kind: str, result: str, group: int) -> int:

@@ -8,7 +8,7 @@ repeat it, m: parts of tensor parallelism, which stay split; w: what a chip hold
                     split, the rows that are looked up instead: (n - 1) / n of them forward, and of their gradient back
     gradients       w (n - 1) / n, reduced and scattered; then 2 (w / n) (r - 1) / r where it is repeated
     tensor          2 (m - 1) / m of the hidden states: two a layer forward, two backward, one again with remat "full";
-                    one at the look-up; the gradient of the hidden states at the slots
+                    at the look-up one forward, one backward; one backward of the head
 In the dtype of the computation; the gradient of the embedding is added up in float32, as are those of norms. (A program
 may move less: a TPU multiplies float32 matrices in bfloat16 unless it is told otherwise, and gathers them so.)
 """
@@ -115,11 +115,10 @@ def _look_up(work: Work, side: Side, embed: Stored, rules: Rules) -> tuple[float
 def _tensor(name: str, work: Work, side: Side, a_layer: int) -> list[Implied]:
     m = side.model_shards
     hidden = work.local_tokens(side) * side.cfg.width
-    summed = sent_bytes("all-reduce", hidden * side.itemsize, m) * a_layer * side.cfg.layers
-    summed += sent_bytes("all-reduce", hidden * side.itemsize, m)
-    if name == "student":
-        summed += sent_bytes("all-reduce", hidden * work.slots // work.length * side.itemsize, m)
-    return [Implied(f"{name}: partial sums of hidden states", summed, f"{a_layer} a layer, look-up, slots")]
+    others = 3 if name == "student" else 1
+    summed = sent_bytes("all-reduce", hidden * side.itemsize, m) * (a_layer * side.cfg.layers + others)
+    formula = f"{a_layer} a layer, look-up" + " there and back, head back" * (others == 3)
+    return [Implied(f"{name}: partial sums of hidden states", summed, formula)]
 
 
 def _names(entry: Any) -> tuple[str, ...]:

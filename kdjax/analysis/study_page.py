@@ -101,7 +101,7 @@ def _cell(text: str) -> str:
 
 def _plots(arms: Sequence[Arm], reference: str) -> str:
     """One plot of paired differences per figure."""
-    made = [difference_plot(title, key, lower, arms, reference) for key, title, lower, _ in tables.FIGURES]
+    made = [difference_plot(title, key, lower, arms, reference) for key, title, lower, _ in tables.figures_of(arms)]
     made = [one for one in made if one]
     return f'<div class="charts">{"".join(made)}</div>' if made else ""
 

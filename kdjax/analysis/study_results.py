@@ -58,6 +58,8 @@ def phase_figures(phase: str, folder: Path, made: Experiment) -> Record:
         return _train_figures(folder, made)
     if phase == "evaluate":
         return {"evaluation": read_json(folder / "evaluation.json")["after"]}
+    if phase == "curate" and made.prompts.path:
+        return {}  # answers may be shared by runs: the command's own time stands for it
     if phase == "curate":
         return {"work_seconds": read_json(folder / "samples" / "manifest.json")["made"].get("seconds")}
     if phase == "cache_teacher":
@@ -201,7 +203,7 @@ def figures(evaluation: Mapping[str, Any] | None) -> Record:
     if not evaluation:
         return {}
     student = {name: value for name, value in evaluation["student"].items() if name != "calibration"}
-    both = {name: evaluation.get(name) for name in ("kl", "agreement")}
+    both = {name: evaluation.get(name) for name in ("kl", "agreement", "answers")}
     return {name: value for name, value in (student | both).items() if value is not None}
 
 

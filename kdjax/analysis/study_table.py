@@ -23,6 +23,7 @@ FIGURES = (
     ("agreement", "top-1 agreement", False, 3),
     ("accuracy", "next-token accuracy", False, 3),
     ("ece", "calibration error", True, 3),
+    ("answers", "right answers to prompts", False, 3),  # where prompts were asked
 )
 SAYS = (
     f"[low, high]: 95 % interval over seeds (Student's t), of the mean or of the paired difference. '{BETTER}' or "
@@ -106,28 +107,35 @@ def split(arms: Sequence[Arm], reference: str) -> list[tuple[str, list[Arm]]]:
     return both
 
 
+def figures_of(arms: Sequence[Arm]) -> list[tuple[str, str, bool, int]]:
+    """The lines of FIGURES that some arm has."""
+    return [line for line in FIGURES if line[0] != "answers" or any(arm.values["answers"].n for arm in arms)]
+
+
 def value_rows(arms: Sequence[Arm], teacher: Record | None) -> list[list[str]]:
     """Arms x figures: mean and interval over seeds."""
-    rows = [["held out", "seeds", *(title for _, title, _, _ in FIGURES)]]
+    figures = figures_of(arms)
+    rows = [["held out", "seeds", *(title for _, title, _, _ in figures)]]
     for arm in arms:
-        cells = [with_interval(arm.values[key], digits) for key, _, _, digits in FIGURES]
+        cells = [with_interval(arm.values[key], digits) for key, _, _, digits in figures]
         rows.append([arm.name, str(len(arm.seeds)), *cells])
     if teacher:
-        known = [(teacher.get(key) or {}).get("value") for key, *_ in FIGURES]
-        cells = [decimal(math.nan if v is None else v, f[3]) for v, f in zip(known, FIGURES, strict=True)]
+        known = [(teacher.get(key) or {}).get("value") for key, *_ in figures]
+        cells = [decimal(math.nan if v is None else v, f[3]) for v, f in zip(known, figures, strict=True)]
         rows.append(["(teacher)", "", *cells])
     return rows
 
 
 def difference_rows(arms: Sequence[Arm], reference: str) -> list[list[str]]:
     """Arms x figures: paired difference to the reference, its interval, and what may be said; [] without a pair."""
-    rows = [[f"minus {reference}", "pairs", *(title for _, title, _, _ in FIGURES)]]
+    figures = figures_of(arms)
+    rows = [[f"minus {reference}", "pairs", *(title for _, title, _, _ in figures)]]
     for arm in arms:
         if not arm.differences or not max(d.n for d in arm.differences.values()):
             continue
         cells = [
             f"{with_interval(arm.differences[key], digits, sign=True)} {arm.verdicts[key]}"
-            for key, _, _, digits in FIGURES
+            for key, _, _, digits in figures
         ]
         rows.append([arm.name, str(arm.differences[FIGURES[0][0]].n), *cells])
     return rows if len(rows) > 1 else []

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kdjax import config as schema
 from kdjax import models, registry
+from kdjax.build.asked import Asked, training_text
 from kdjax.build.checks import check_cached, check_ids, check_paths, check_rows, check_tokenizers
 from kdjax.build.parts import (
     DTYPES,
@@ -18,6 +21,7 @@ from kdjax.build.parts import (
     build_parts,
     language_model,
     named_parts,
+    reads_its_own,
     shared_vocabulary,
 )
 from kdjax.config import Experiment
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DTYPES",
+    "Asked",
     "Built",
     "build",
     "build_chooser",
@@ -59,7 +64,8 @@ class Built:
     teacher: None if there is none, or if a cache speaks for it. student_params: the initial float32 masters;
     student_source: what they are. train: the rows to train on, those of data.train that the sample axis keeps. cache:
     what teacher.source = "cache" reads. vocab_size: the columns that student and teacher have in common. teacher_head:
-    what the step sees of a teacher on devices of its own.
+    what the step sees of a teacher on devices of its own. asked: the prompts, if answers to them are trained on.
+    teacher_text: columns of `types.TeacherText` by row_id, {} = the teacher reads what the student reads.
     """
 
     experiment: Experiment
@@ -75,6 +81,8 @@ class Built:
     vocab_size: int
     cache: CacheReader | None = None
     teacher_head: Params | None = None
+    asked: Asked | None = None
+    teacher_text: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def teacher_params(self) -> Params:
@@ -91,12 +99,13 @@ def build(experiment: Experiment, workdir: Path | None = None, *, live_teacher: 
     live_teacher: load the teacher even where a cache speaks for it, to evaluate or to write that cache.
     What is quick comes first: a misspelt name or a damaged text is said before gigabytes of weights are read.
     """
+    e = experiment
     rules, of_teacher = share_devices(experiment)
     check_rows(experiment, rules, of_teacher)
     check_paths(experiment)
     named_parts(experiment)
     tokenizer = _load_tokenizer(experiment)
-    data = load_data(experiment.data, tokenizer)
+    data, asked, text = training_text(e, load_data(experiment.data, tokenizer), tokenizer, workdir)
     cached = experiment.teacher.source == "cache" and not live_teacher
     teacher = None if cached else _load_teacher(experiment, of_teacher)
     teacher_cfg = _teacher_config(experiment, teacher)
@@ -111,6 +120,7 @@ def build(experiment: Experiment, workdir: Path | None = None, *, live_teacher: 
     built = Built(experiment, parts.rules, parts, teacher, cfg, params, source, tokenizer, data, data.train, vocab)
     if experiment.teacher.devices and teacher is not None:
         built = _teacher_apart(built, teacher, of_teacher)
+    built = dataclasses.replace(built, asked=asked, teacher_text=text)
     if workdir is None:
         return built
     if experiment.samples.fraction < 1:
@@ -176,7 +186,7 @@ def _teacher_apart(built: Built, teacher: LoadedModel, of_teacher: Rules) -> Bui
     if parts.teacher is None:
         return built
     dtype = registry.lookup(DTYPES, built.experiment.teacher.dtype, "teacher.dtype")
-    trunk = language_model(teacher.cfg, of_teacher, built.vocab_size, dtype)
+    trunk = reads_its_own(language_model(teacher.cfg, of_teacher, built.vocab_size, dtype), of_teacher)
     feed = make_feed(trunk.hidden, teacher.params, of_teacher, built.rules)
     name = "embed" if teacher.cfg.tied else "head"
     head = {name: copy_of_head(teacher.params[name], models.param_specs(teacher.cfg)[name].axes, built.rules)}

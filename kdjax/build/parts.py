@@ -19,7 +19,7 @@ from kdjax.selection import POLICIES, SIGNALS, Chooser
 from kdjax.sharding import Rules
 from kdjax.step import LanguageModel, StepParts
 from kdjax.teacher.classes import CLASSES, make_class_sampler
-from kdjax.types import Array, Batch, Head, Params, TeacherHidden
+from kdjax.types import Array, Batch, Head, Params, TeacherHidden, TeacherText, gather_slots
 
 if TYPE_CHECKING:
     pass
@@ -60,7 +60,7 @@ def build_parts(
         dtype = registry.lookup(DTYPES, e.teacher.dtype, "teacher.dtype")
         if e.teacher.devices:
             of_teacher = rows = rules
-        teacher = language_model(teacher_cfg, of_teacher, vocab, dtype, rows=rows)
+        teacher = reads_its_own(language_model(teacher_cfg, of_teacher, vocab, dtype, rows=rows), rows)
         if e.teacher.devices:
             teacher = dataclasses.replace(teacher, hidden=_hidden_of_batch)
     student = language_model(student_cfg, rules, vocab, compute, e.student.remat, rows=rows)
@@ -136,6 +136,23 @@ def language_model(
         return dataclasses.replace(models.head(cfg, params, compute_dtype=compute_dtype), vocab_size=vocab)
 
     return LanguageModel(hidden, head, rules.storage_spec(spec.axes, spec.shape))
+
+
+def reads_its_own(model: LanguageModel, rows: Rules) -> LanguageModel:
+    """The model, which reads `batch.teacher` in place of the batch where that is a `TeacherText`."""
+
+    def hidden(params: Params, batch: Batch) -> Array:
+        text = batch.teacher
+        if not isinstance(text, TeacherText):
+            return model.hidden(params, batch)
+        own = dataclasses.replace(
+            batch, tokens=text.tokens, segment_ids=text.segment_ids, positions=text.positions, teacher=None
+        )
+        pick = rows.rowwise(gather_slots, (rows.batch_spec(3), rows.batch_spec(2)), rows.batch_spec(3))
+        found: Array = pick(model.hidden(params, own), text.index)
+        return found
+
+    return dataclasses.replace(model, hidden=hidden)
 
 
 def _hidden_of_batch(params: Params, batch: Batch) -> Array:

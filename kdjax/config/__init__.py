@@ -29,6 +29,7 @@ from kdjax.config.schema import (
     Log,
     Loss,
     Mesh,
+    OnPolicy,
     Optim,
     PassRates,
     Prompts,
@@ -55,6 +56,7 @@ __all__ = [
     "Log",
     "Loss",
     "Mesh",
+    "OnPolicy",
     "Optim",
     "PassRates",
     "Prompts",
@@ -77,9 +79,10 @@ def default_config() -> ml_collections.ConfigDict:
     """All fields of `Experiment` with their defaults, as a locked ConfigDict for configs/ and the command line."""
     config = ml_collections.ConfigDict(dataclasses.asdict(Experiment()), convert_dict=True)
     # A ConfigDict holds every field to the type of its default, but a schedule is a number or a tuple.
-    tau = config.loss.tau
-    del config.loss.tau
-    config.loss.tau = ml_collections.FieldReference(tau, field_type=object)
+    for group, name in ((config.loss, "tau"), (config.on_policy, "fraction")):
+        value = group[name]
+        del group[name]
+        group[name] = ml_collections.FieldReference(value, field_type=object)
     return config.lock()
 
 

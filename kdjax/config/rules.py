@@ -74,6 +74,15 @@ RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "generation.top_k": (*_at_least(0), "0 keeps all tokens"),
     "generation.min_p": (lambda v: 0 <= v < 1, "in [0, 1)", "it is a share of the largest probability"),
     "generation.batch_size": _COUNT,
+    "on_policy.fraction": (
+        lambda v: _is_schedule(v) and (isinstance(v, tuple) or 0 <= v <= 1),
+        "in [0, 1] or (name, *arguments)",
+        "it is a share of the steps",
+    ),
+    "on_policy.block": _COUNT,
+    "on_policy.reuse": _COUNT,
+    "on_policy.truncated": (*_one_of("keep", "drop"), "see OnPolicy"),
+    "on_policy.alarms": (*_one_of("warn", "stop", "off"), "see OnPolicy"),
     "pass_rates.alpha": (*_at_least(0), "a negative exponent has no bound; 0 switches that side off"),
     "pass_rates.beta": (*_at_least(0), "a negative exponent has no bound; 0 switches that side off"),
     "pass_rates.normalise": (*_one_of("none", "dataset_mean", "batch_mean", "sample"), "see PassRates"),
@@ -116,6 +125,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "eval.every": _OR_OFF,
     "eval.rows": (*_at_least(0), "0 means all"),
     "eval.batch_size": _COUNT,
+    "eval.prompts": _OR_OFF,
     "eval.completions": _OR_OFF,
     "eval.new_tokens": _COUNT,
     "checkpoint.every": (*_at_least(1), "it is a number of steps"),
@@ -148,8 +158,38 @@ def check(experiment: Experiment) -> None:
             f"teacher.shape must be '' without teacher.devices, got {experiment.teacher.shape!r}; the teacher is on "
             "the student's mesh. Set teacher.devices, or mesh.shape."
         )
+    _check_prompts(experiment)
     if experiment.samples.rescore_every and experiment.samples.fraction == 1:
         raise ValueError(
             f"samples.rescore_every must be 0 with samples.fraction=1, got {experiment.samples.rescore_every}; all "
             "rows are used anyway. Lower samples.fraction."
+        )
+
+
+def _check_prompts(e: Experiment) -> None:
+    """What needs prompts has them, and what reads the teacher's answers to the student's prompts can."""
+    wants = {"on_policy.fraction": e.on_policy.fraction != 0, "prompts.answers": bool(e.prompts.answers)}
+    wants["eval.prompts"] = e.eval.prompts > 0
+    wants["teacher.privileged"] = bool(e.teacher.privileged)
+    for name, wanted in wants.items():
+        if wanted and not e.prompts.path:
+            raise ValueError(f"prompts.path must name prompts, got ''; {name} is set and needs them. Set it.")
+    if e.teacher.source == "cache" and (wants["on_policy.fraction"] or wants["teacher.privileged"]):
+        which = "on_policy.fraction" if wants["on_policy.fraction"] else "teacher.privileged"
+        raise ValueError(
+            f"teacher.source must be 'live' with {which}, got 'cache'; a cache knows the text that it was written for. "
+            "Set it to 'live'."
+        )
+    if e.teacher.privileged and "{answer}" not in e.teacher.privileged:
+        raise ValueError(
+            f"teacher.privileged must hold {{answer}}, got {e.teacher.privileged!r}; without it the teacher knows no "
+            "more than the student. Write {question} and {answer} into it."
+        )
+    if e.prompts.path and (e.samples.fraction < 1 or e.cache.superset):
+        which, value = "samples.fraction", e.samples.fraction
+        if value == 1:
+            which, value = "cache.superset", e.cache.superset
+        raise ValueError(
+            f"{which} must keep its default with prompts.path, got {value}; prompts have weights of their own, from "
+            "pass rates. Leave it out."
         )

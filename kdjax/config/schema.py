@@ -26,6 +26,7 @@ class Teacher:
     preset: str = ""  # how it is spread over the mesh; "" = as the student, by mesh.preset
     devices: int = 0  # of its own: the last so many, the student has the others; 0 = they share all
     shape: str = ""  # of its own devices, as mesh.shape
+    privileged: str = ""  # what it is asked, with {question} and the gold {answer}; "" = what the student is asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +116,9 @@ class Prompts:
     instruction: str = ""  # follows every question
     verifier: str = ""  # of those that name none (`kdjax/verifiers`)
     heldout_fraction: float = 0.2  # of the questions, kept for evaluation
+    answers: str = (
+        ""  # to train on: gold | a directory of launch.generate | "" = data.path's text, or own answers alone
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,16 +137,28 @@ class Generation:
 
 
 @dataclasses.dataclass(frozen=True)
+class OnPolicy:
+    """Training on the student's own answers to the prompts (`kdjax/run/own_answers.py`)."""
+
+    fraction: ScheduleSpec = 0.0  # share of the steps that do (lambda of GKD), drawn step by step; of the update number
+    block: int = 1  # steps whose answers one student writes at once; the last are block - 1 own steps old
+    reuse: int = 1  # how often each answer is trained on
+    truncated: str = "keep"  # keep | drop: answers that reached generation.new_tokens
+    alarms: str = "warn"  # warn | stop | off: when answers collapse
+
+
+@dataclasses.dataclass(frozen=True)
 class PassRates:
     """How often the student is right, and what that makes of a prompt (`kdjax/curation/paced.py`)."""
 
-    weight: str = "paced"  # paced | bayes | uniform | hard_filter | easy | hard | variance | shuffled
+    weight: str = "uniform"  # paced | bayes | uniform | hard_filter | easy | hard | variance | shuffled
     alpha: float = 1.0  # paced, bayes: exponent of the pass rate
     beta: float = 1.0  # paced, bayes: exponent of the failure rate
     normalise: str = "dataset_mean"  # none | dataset_mean | batch_mean | sample
-    estimator: str = "raw"  # raw | laplace | discounted: see kdjax/curation/pass_rates.py
+    estimator: str = "raw"  # raw | laplace | discounted | tracker: see kdjax/curation/pass_rates.py
     prior: float = 1.0  # laplace, discounted, bayes: Beta(prior, prior), 1 = all rates are equally likely
     discount: float = 0.5  # discounted: what a round counts after one more round
+    rollouts: str = ""  # answers to count, relative to the workdir; "" = "rollouts", which launch.curate fills
     fallback: str = "error"  # if all weights are 0: error | uniform
     seed: int = 0  # shuffled: of the permutation; normalise "sample": of the draws
 
@@ -209,6 +225,7 @@ class Eval:
     every: int = 0  # steps; 0 = only before the first and after the last step
     rows: int = 32  # held-out rows; 0 = all
     batch_size: int = 4
+    prompts: int = 0  # held-out prompts that the student answers, the likeliest token each time; verified
     completions: int = 3
     new_tokens: int = 40
 
@@ -227,7 +244,7 @@ class Mesh:
     """Over which devices, and how (`kdjax/sharding.py`)."""
 
     preset: str = "single"  # single | dp | fsdp | tp | fsdp_tp
-    shape: str = ""  # "data:4,model:4", also replica:n; one size may be -1; "" = all devices along one axis
+    shape: str = ""  # "data:4,model:4", also replica:n; one size may be -1; "" = as the devices are wired
     sequence: bool = False  # tp, fsdp_tp: activations between blocks are split along T too
     kernels: str = "auto"  # auto | xla | pallas_tpu | pallas_gpu | reference: who computes over the vocabulary
     attention: str = "auto"  # auto | a name in kdjax/kernels/attention
@@ -256,6 +273,7 @@ class Experiment:
     cache: Cache = Cache()
     prompts: Prompts = Prompts()
     generation: Generation = Generation()
+    on_policy: OnPolicy = OnPolicy()
     pass_rates: PassRates = PassRates()
     served: Served = Served()
     loss: Loss = Loss()

@@ -1,6 +1,7 @@
 """The sample axis: a score per row of the training text, the rows with the highest ones, and the file that names them.
 
-Runs outside the step: `launch.curate` writes the choice once, training and the teacher's cache read it.
+Runs outside the step: `launch.curate` writes the choice once, training and the teacher's cache read it. The weights of
+prompts by their pass rates are in modules of their own: chain.py leads through them.
 """
 
 from kdjax.curation.samples import (

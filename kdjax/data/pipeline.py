@@ -16,13 +16,13 @@ from jax.sharding import PartitionSpec as P
 from kdjax.config import Experiment
 from kdjax.data.packing import Rows, eligible, take
 from kdjax.sharding import Rules
-from kdjax.types import Batch, CachedTeacher
+from kdjax.types import Batch, CachedTeacher, TeacherText
 
 if TYPE_CHECKING:
     import grain
 
-Columns = dict[str, Any]  # the fields of `types.Batch`, by name; "teacher": those of `types.CachedTeacher`
-# (row_id [B], row_hash [B], eligible [B, T]) -> the fields of `types.CachedTeacher`
+Columns = dict[str, Any]  # the fields of `types.Batch`, by name; "teacher": those of `CachedTeacher` or `TeacherText`
+# (row_id [B], row_hash [B], eligible [B, T]) -> the fields of one of them
 TeacherColumns = Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, np.ndarray]]
 
 NO_ROW = -1  # row_id of a row that only fills the last batch
@@ -144,7 +144,9 @@ def as_batch(columns: Mapping[str, Any], put: Callable[[np.ndarray], jax.Array])
     """The batch of `columns`, each of them brought to the devices by `put`."""
     placed = jax.tree.map(put, dict(columns))
     teacher = placed.pop("teacher", None)
-    return Batch(**placed, teacher=None if teacher is None else CachedTeacher(**teacher))
+    if teacher is None:
+        return Batch(**placed)
+    return Batch(**placed, teacher=TeacherText(**teacher) if "index" in teacher else CachedTeacher(**teacher))
 
 
 def abstract_batch(experiment: Experiment, rules: Rules, vocab_size: int) -> Batch:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from kdjax.evals.accuracy import Accuracy
 from kdjax.evals.bootstrap import RESAMPLES, Sums, percentile_interval, resample_counts
 
 BINS = 15
@@ -63,6 +64,7 @@ class Evaluation:
     teacher: Figures | None = None
     kl: Estimate | None = None
     agreement: Estimate | None = None
+    answers: Accuracy | None = None  # the student's answers to held-out prompts
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; a number that is not finite becomes None."""
@@ -79,6 +81,7 @@ class Evaluation:
             teacher=None if teacher is None else _figures(teacher),
             kl=None if kl is None else _estimate(kl),
             agreement=None if agreement is None else _estimate(agreement),
+            answers=None if record.get("answers") is None else _answers(record["answers"]),
         )
 
 
@@ -146,6 +149,11 @@ def _number(value: float | None) -> float:
 
 def _estimate(record: Mapping[str, Any]) -> Estimate:
     return Estimate(*(_number(record[field.name]) for field in dataclasses.fields(Estimate)))
+
+
+def _answers(record: Mapping[str, Any]) -> Accuracy:
+    right, wrong, undecided = (int(record[name]) for name in ("right", "wrong", "undecided"))
+    return Accuracy(right, wrong, undecided, *(_number(record[name]) for name in ("value", "low", "high")))
 
 
 def _figures(record: Mapping[str, Any]) -> Figures:

@@ -1,146 +1,232 @@
-"""Decoding with a key/value cache: prompts are read in one pass, then one token a step, all in one compiled program."""
+"""Sampling with a key/value cache: prompts are read in one pass and shared by their samples, then a token a step.
+
+`sample` is one compiled program. `begin` and `advance` are its halves, for callers who look at the text in between.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.typing import ArrayLike
 
-from kdjax.kernels.linear_stats import linear_stats
-from kdjax.models import ModelConfig, head, hidden_cached, init_cache
-from kdjax.types import Array, Head, Params
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-Message = Mapping[str, str]
-PROMPT_BLOCK = 32  # prompts are padded to a multiple of this, so that few lengths compile
+from kdjax.generation.sampling import Sampling, next_tokens
+from kdjax.kernels.tiles import tile_logits
+from kdjax.models import ModelConfig, family_of, head, hidden_cached, init_cache
+from kdjax.sharding import Rules
+from kdjax.types import Array, Params
 
 
-@functools.partial(
-    jax.jit, static_argnames=("cfg", "new_tokens", "eos_ids", "vocab_size", "compute_dtype", "implementation")
-)
-def greedy(
+class Sampled(NamedTuple):
+    """n answers to each of P prompts.
+
+    tokens: int32 [P, n, new_tokens], 0 after the end. logp: float32, the same shape: log-probabilities in nats under
+    the model itself, at temperature 1 and without filters, over the ids below vocab_size. counts: int32 [P, n], tokens
+    before the end token. stopped: bool [P, n]; where it is true, tokens[..., counts] is the end token, with its logp.
+    """
+
+    tokens: Array
+    logp: Array
+    counts: Array
+    stopped: Array
+
+
+class Rows(NamedTuple):
+    """One row per answer, R = P * n. keys, lengths (of the prompts), token (the newest), counts, alive, stopped: [R];
+
+    tokens, logp: [R, new_tokens].
+    """
+
+    keys: Array
+    lengths: Array
+    token: Array
+    counts: Array
+    alive: Array
+    stopped: Array
+    tokens: Array
+    logp: Array
+
+
+class State(NamedTuple):
+    """Answers under way. made: int32 [], tokens that each row that is alive has."""
+
+    rows: Rows
+    made: Array
+    cache: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """What a program is compiled for, besides shapes; see `sample`."""
+
+    settings: Sampling
+    new_tokens: int
+    eos_ids: tuple[int, ...] = ()
+    vocab_size: int | None = None
+    compute_dtype: Any = jnp.float32
+    rules: Rules = Rules()
+
+    def __post_init__(self) -> None:
+        # The axis along which `sequence` splits activations has length 1 here.
+        object.__setattr__(self, "rules", dataclasses.replace(self.rules, sequence=False))
+
+
+def sample(
     cfg: ModelConfig,
     params: Params,
-    prompts: Array,
-    lengths: Array,
+    prompts: ArrayLike,
+    lengths: ArrayLike,
+    keys: Array,
     *,
+    settings: Sampling,
     new_tokens: int,
     eos_ids: tuple[int, ...] = (),
     vocab_size: int | None = None,
     compute_dtype: Any = jnp.float32,
-    implementation: str | None = None,
-) -> tuple[Array, Array]:
-    """The most likely token at every step, the lower id on ties: (tokens int32 [B, new_tokens], how many of them [B]).
+    rules: Rules = Rules(),
+) -> Sampled:
+    """n answers to each of P prompts, in one compiled program.
 
-    prompts: int32 [B, P], padded on the right; lengths: int32 [B], at least 1. A row stops at a token of `eos_ids`,
-    which is not counted; what follows it in the row says nothing. Padding is never seen: the keys that it left in the
-    cache lie after the query until the row's own tokens overwrite them. vocab_size: only ids below it are generated.
+    prompts: int32 [P, W], padded on the right with any ids; lengths: int32 [P], at least 1; keys: typed keys [P, n]. On
+    a mesh all are split along P as `rules` says, and params are stored by it. A row depends on its prompt and its key
+    only: token number t is drawn with fold_in(key, t). It ends at a token of `eos_ids`, or with new_tokens.
+    vocab_size: only ids below it are generated.
+    Raises ValueError for a number of prompts that the devices do not divide.
     """
-    rows, width = prompts.shape
-    last = head(cfg, params, compute_dtype=compute_dtype)
-    last = dataclasses.replace(last, vocab_size=min(last.vocab_size, vocab_size or last.vocab_size))
-    cache = init_cache(cfg, rows, width + new_tokens, compute_dtype)
-    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompts.shape)
-    hidden, cache = hidden_cached(cfg, params, prompts, positions, cache, compute_dtype=compute_dtype)
-    hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    stop = jnp.asarray(eos_ids, jnp.int32)
-
-    def record(made: Array, hidden: Array, counts: Array, out: Array) -> tuple:
-        """Token number `made` of the rows that were still going on then, i.e. that have `made` tokens."""
-        token = _most_likely(hidden[:, 0], last, implementation)
-        goes_on = (counts == made) & ~jnp.isin(token, stop)
-        return made + 1, token, counts + goes_on, out.at[:, made].set(token)
-
-    def unfinished(state: tuple) -> Array:
-        made, _, counts, _, _ = state
-        return (made < new_tokens) & jnp.any(counts == made)
-
-    def step(state: tuple) -> tuple:
-        made, token, counts, out, cache = state
-        at = (lengths + made - 1)[:, None]
-        hidden, cache = hidden_cached(cfg, params, token[:, None], at, cache, compute_dtype=compute_dtype)
-        return *record(made, hidden, counts, out), cache
-
-    empty = jnp.zeros(rows, jnp.int32), jnp.zeros((rows, new_tokens), jnp.int32)
-    *_, counts, out, _ = jax.lax.while_loop(unfinished, step, (*record(jnp.int32(0), hidden, *empty), cache))
-    return out, counts
+    how = How(settings, new_tokens, eos_ids, vocab_size, compute_dtype, rules)
+    return _sample(cfg, how, params, prompts, lengths, keys)
 
 
-def complete(
-    cfg: ModelConfig,
-    params: Params,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | Sequence[Message]],
-    new_tokens: int,
-    *,
-    compute_dtype: Any = jnp.float32,
-    implementation: str | None = None,
-) -> list[str]:
-    """Greedy completions, without their prompts and special tokens.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sample(cfg: ModelConfig, how: How, params: Params, prompts: Array, lengths: Array, keys: Array) -> Sampled:
+    wanted = jnp.ones_like(keys, bool)
+    state = _begin(cfg, how, params, prompts, lengths, keys, wanted)
+    rows = _advance(cfg, how, _fast(cfg, how.rules, how.compute_dtype, params), state, jnp.int32(how.new_tokens)).rows
 
-    A prompt is a text to go on with, or a list of chat messages, which goes through the tokenizer's template and is
-    answered. Padding columns of the vocabulary, which the tokenizer does not know, are never generated. Runs on one
-    device: `params` are brought there if they are split over several; with several processes all have to call. Raises
-    ValueError for a prompt without tokens or one that with its completion is longer than the model's context.
-    """
-    if not prompts:
-        return []
-    ids = [_encode(tokenizer, prompt) for prompt in prompts]
-    for number, row in enumerate(ids):
-        if not row:
-            raise ValueError(f"prompts[{number}] must have at least one token, got {prompts[number]!r}. Add some text.")
-        if len(row) + new_tokens > cfg.max_positions:
-            raise ValueError(
-                f"prompts[{number}] must leave room for the completion, got {len(row)} tokens + {new_tokens} new ones; "
-                f"the model's context is {cfg.max_positions}. Shorten the prompt or lower new_tokens."
-            )
-    lengths = np.array([len(row) for row in ids], np.int32)
-    width = -(-int(lengths.max()) // PROMPT_BLOCK) * PROMPT_BLOCK
-    padded = np.array([row + [0] * (width - len(row)) for row in ids], np.int32)
-    ends = set(cfg.eos_ids) | ({tokenizer.eos_token_id} - {None})
-    params = _on_one_device(params)
-    with jax.set_mesh(None):  # a mesh that the caller may have set is none of this program's business
-        tokens, counts = greedy(
-            cfg,
-            params,
-            padded,
-            lengths,
-            new_tokens=new_tokens,
-            eos_ids=tuple(sorted(ends)),
-            vocab_size=max(tokenizer.get_vocab().values()) + 1,
-            compute_dtype=compute_dtype,
-            implementation=implementation,
+    def by_prompt(part: Array) -> Array:
+        return part.reshape(-1, keys.shape[1], *part.shape[1:])
+
+    def split(rows: Rows) -> Sampled:
+        return Sampled(*(by_prompt(part) for part in (rows.tokens, rows.logp, rows.counts, rows.stopped)))
+
+    two: Any = how.rules.batch_spec(2)
+    three: Any = how.rules.batch_spec(3)
+    specs = Sampled(three, three, two, two)
+    return how.rules.rowwise(split, (_row_specs(how.rules),), specs)(rows)
+
+
+def _begin(
+    cfg: ModelConfig, how: How, params: Params, prompts: Array, lengths: Array, keys: Array, wanted: Array
+) -> State:
+    """The prompts read, and the first token of each of their answers. wanted: bool [P, n], False for padding."""
+    rules, (count, width), samples = how.rules, prompts.shape, keys.shape[1]
+    if count % rules.batch_shards:
+        raise ValueError(
+            f"prompts must be a multiple of {rules.batch_shards} rows, got {count}; every device takes as many. Pad "
+            "them with rows to be thrown away."
         )
-    made = [row[:count].tolist() for row, count in zip(np.asarray(tokens), np.asarray(counts), strict=True)]
-    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in made]
+
+    def places(prompts: Array) -> Array:
+        return jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], prompts.shape)
+
+    row, rows_of = rules.batch_spec(2), _row_specs(rules)
+    positions = rules.rowwise(places, (row,), row)(prompts)
+    cache = init_cache(cfg, count, width, how.compute_dtype, rules=rules)
+    hidden, cache = hidden_cached(cfg, params, prompts, positions, cache, rules=rules, compute_dtype=how.compute_dtype)
+    cache = family_of(cfg).spread_cache(cache, samples, width + how.new_tokens, layers=unrolls(rules), rules=rules)
+
+    def spread(hidden: Array, lengths: Array, keys: Array, wanted: Array) -> tuple[Array, Rows]:
+        hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], 1)
+        keys = keys.reshape(-1)
+        zeros = jnp.zeros(keys.shape, jnp.int32)
+        lengths, alive = jnp.repeat(lengths, samples), wanted.reshape(-1)
+        made = jnp.zeros((keys.shape[0], how.new_tokens), jnp.int32)
+        rows = Rows(keys, lengths, zeros, zeros, alive, jnp.zeros_like(alive), made, made.astype(jnp.float32))
+        return jnp.repeat(hidden, samples, 0), rows
+
+    specs = (rules.batch_spec(3), rules.batch_spec(1), row, row)
+    hidden, rows = rules.rowwise(spread, specs, (rules.batch_spec(3), rows_of))(hidden, lengths, keys, wanted)
+    return State(_record(cfg, how, params, hidden, rows, jnp.int32(0)), jnp.int32(1), cache)
 
 
-def _most_likely(hidden: Array, last: Head, implementation: str | None) -> Array:
-    """argmax over the vocabulary of hidden [B, D]; no label is asked about."""
-    labels = jnp.zeros(hidden.shape[0], jnp.int32)
-    return linear_stats(hidden, last, labels, implementation=implementation).argmax.astype(jnp.int32)
+def _advance(cfg: ModelConfig, how: How, fast: Params, state: State, limit: Array) -> State:
+    """Token after token until each row has `limit` of them or has stopped. fast: of `fast_params`."""
+
+    def unfinished(state: State) -> Array:
+        return (state.made < limit) & jnp.any(state.rows.alive)
+
+    def step(state: State) -> State:
+        rows, made, cache = state
+        at = (rows.lengths + made - 1)[:, None]
+        hidden, cache = hidden_cached(
+            cfg, fast, rows.token[:, None], at, cache, rules=how.rules, compute_dtype=how.compute_dtype
+        )
+        return State(_record(cfg, how, fast, hidden, rows, made), made + 1, cache)
+
+    return jax.lax.while_loop(unfinished, step, state)
 
 
-def _on_one_device(params: Params) -> Params:
-    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(params)):
-        from jax.experimental import multihost_utils
+def _record(cfg: ModelConfig, how: How, params: Params, hidden: Array, rows: Rows, made: Array) -> Rows:
+    """The rows with token number `made`, drawn from the head's logits at hidden [R, 1, D]."""
+    rules, last = how.rules, head(cfg, params, compute_dtype=how.compute_dtype)
+    last = dataclasses.replace(last, vocab_size=min(last.vocab_size, how.vocab_size or last.vocab_size))
+    sides = (rules.batch_spec(3), jax.typeof(last.weight).sharding.spec)
 
-        params = multihost_utils.process_allgather(params, tiled=True)
-    # With a bare device instead of a sharding the arrays would keep the mesh in their type.
-    return jax.device_put(params, SingleDeviceSharding(jax.local_devices()[0]))
+    def own(hidden: Array, weight: Array, rows: Rows, made: Array) -> Rows:
+        ((hidden, whole),) = rules.with_heads([(hidden, dataclasses.replace(last, weight=weight))], [sides])
+        logits = tile_logits(hidden[:, 0], whole)
+        if whole.vocab_axis:
+            logits = jax.lax.all_gather(logits, whole.vocab_axis, axis=1, tiled=True)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(rows.keys, made)
+        token, logp = next_tokens(logits, keys, how.settings)
+        ends = rows.alive & jnp.isin(token, jnp.asarray(how.eos_ids, jnp.int32))
+        goes_on = rows.alive & ~ends
+
+        def put(old: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(old, jnp.where(rows.alive, new, 0)[:, None], made, 1)
+
+        return rows._replace(
+            token=token,
+            counts=rows.counts + goes_on,
+            alive=goes_on,
+            stopped=rows.stopped | ends,
+            tokens=put(rows.tokens, token),
+            logp=put(rows.logp, logp),
+        )
+
+    specs, none = _row_specs(rules), jax.sharding.PartitionSpec()
+    return rules.rowwise(own, (*sides, specs, none), specs)(hidden, last.weight, rows, made)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    chat = [dict(message) for message in prompt]
-    ids: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
-    return list(ids)
+def _row_specs(rules: Rules) -> Any:
+    """The PartitionSpecs of `Rows`."""
+    one: Any = rules.batch_spec(1)
+    two: Any = rules.batch_spec(2)
+    return Rows(one, one, one, one, one, one, two, two)
+
+
+def unrolls(rules: Rules) -> bool:
+    """Whether steps run layer by layer, on parameters made for that: on one device that is a CPU."""
+    return rules.mesh is None and jax.default_backend() == "cpu"
+
+
+def _fast(cfg: ModelConfig, rules: Rules, compute_dtype: Any, params: Params) -> Params:
+    """The parameters as `advance` wants them."""
+    return family_of(cfg).unrolled(cfg, params, compute_dtype) if unrolls(rules) else params
+
+
+fast_params = jax.jit(_fast, static_argnums=(0, 1, 2))
+begin = jax.jit(_begin, static_argnums=(0, 1))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def advance(cfg: ModelConfig, how: How, fast: Params, state: State, limit: Array, halted: Array) -> State:
+    """`state`, which is used up, gone on with until each row has `limit` tokens or has stopped.
+
+    halted: bool [R], rows that are not gone on with.
+    """
+    rows = state.rows._replace(alive=state.rows.alive & ~halted)
+    return _advance(cfg, how, fast, state._replace(rows=rows), limit)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from kdjax import registry
-from kdjax.models import decoder, flax_models, gemma3, llama, qwen2, qwen3
+from kdjax.models import decoder, decoder_cached, flax_models, gemma3, llama, qwen2, qwen3
 from kdjax.models.params import ModelConfig, ParamSpec, RopeScaling, TensorKey, abstract, init
 from kdjax.sharding import Rules
 from kdjax.types import Array, Head, Params
@@ -43,8 +43,10 @@ class Family(NamedTuple):
     param_specs: Callable[[ModelConfig], dict[str, Any]]
     key_map: Callable[[ModelConfig], dict[str, TensorKey]]
     hidden: Callable[..., Array] = decoder.hidden
-    init_cache: Callable[..., Any] = decoder.init_cache
-    hidden_cached: Callable[..., tuple[Array, Any]] = decoder.hidden_cached
+    init_cache: Callable[..., Any] = decoder_cached.init_cache
+    spread_cache: Callable[..., Any] = decoder_cached.spread_cache
+    unrolled: Callable[..., Params] = decoder_cached.unrolled
+    hidden_cached: Callable[..., tuple[Array, Any]] = decoder_cached.hidden_cached
 
 
 # model_type of config.json -> family
@@ -122,16 +124,25 @@ def head(cfg: ModelConfig, params: Params, *, compute_dtype: Any = jnp.float32) 
     return Head(weight, vocab_size=cfg.vocab_size, vocab_major=cfg.tied, soft_cap=cfg.logit_soft_cap)
 
 
-def init_cache(cfg: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Any:
-    """An empty cache of keys and values [L, B, C, G, H] for `capacity` = C positions."""
-    return family_of(cfg).init_cache(cfg, batch, capacity, dtype)
+def init_cache(cfg: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32, *, rules: Rules = Rules()) -> Any:
+    """An empty cache for `capacity` positions of each row."""
+    return family_of(cfg).init_cache(cfg, batch, capacity, dtype, rules=rules)
 
 
 def hidden_cached(
-    cfg: ModelConfig, params: Params, tokens: Array, positions: Array, cache: Any, *, compute_dtype: Any = jnp.float32
+    cfg: ModelConfig,
+    params: Params,
+    tokens: Array,
+    positions: Array,
+    cache: Any,
+    *,
+    rules: Rules = Rules(),
+    compute_dtype: Any = jnp.float32,
 ) -> tuple[Array, Any]:
     """Hidden states [B, T, D] of tokens [B, T] at `positions` [B, T], after those in the cache; and the filled cache.
 
-    A query sees the keys at index <= its position. Prompts of different lengths are padded on the right.
+    T > 1: whole prompts, from their first tokens on, into an empty cache. T = 1: one more token of every row. Prompts
+    of different lengths are padded on the right; a query sees what is at positions <= its own.
     """
-    return family_of(cfg).hidden_cached(cfg, params, tokens, positions, cache, compute_dtype=compute_dtype)
+    run = family_of(cfg).hidden_cached
+    return run(cfg, params, tokens, positions, cache, rules=rules, compute_dtype=compute_dtype)

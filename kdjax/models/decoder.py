@@ -7,14 +7,14 @@ layers are mixed, which one a layer is goes through the scan with its weights: o
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kdjax import registry
-from kdjax.kernels.attention import RESIDUALS, attend, attention
+from kdjax.kernels.attention import RESIDUALS, attention
 from kdjax.models.layers import ACTIVATIONS, Rope, project, rms_norm, rope_tables, rotate
 from kdjax.models.params import ZEROS, ModelConfig, Normal, ParamSpec, TensorKey
 from kdjax.sharding import Rules
@@ -40,6 +40,7 @@ NAMES: dict[str, tuple[str, bool]] = {
     "w_up": ("mlp.up_proj.weight", True),
     "w_down": ("mlp.down_proj.weight", True),
 }
+Product = Callable[..., Array]  # layers.project or layers.project_few
 INPUT_AXES = {"embed": 1, "final_norm": 1, "head": 1, "wo": 2}  # how many leading axes of a layer's leaf are the input
 
 
@@ -121,13 +122,6 @@ REMAT: dict[str, Callable[..., Any]] = {
 }
 
 
-class Cache(NamedTuple):
-    """Keys and values [L, B, C, G, H] of the first C positions of every row."""
-
-    keys: Array
-    values: Array
-
-
 def hidden(
     cfg: ModelConfig,
     params: Params,
@@ -144,81 +138,54 @@ def hidden(
     Raises ValueError for an unknown `remat`; see REMAT.
     """
     policy = registry.lookup(REMAT, remat, "student.remat")
-    rope_of = _ropes(cfg, positions)
+    checkpoint = functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+    return trunk(cfg, params, tokens, segment_ids, positions, rules, compute_dtype, checkpoint)[0]
+
+
+def trunk(
+    cfg: ModelConfig,
+    params: Params,
+    tokens: Array,
+    segment_ids: Array,
+    positions: Array,
+    rules: Rules,
+    compute_dtype: Any,
+    checkpoint: Callable[..., Any] | None,
+) -> tuple[Array, Any]:
+    """Hidden states, and without `checkpoint` the keys and values [L, B, T, G, H] that they were made of."""
+    rope_of = ropes(cfg, positions)
     specs = (*[rules.heads_spec] * 3, rules.batch_spec(2)), rules.heads_spec
     mixer = functools.partial(attention, soft_cap=cfg.attn_soft_cap, implementation=rules.attention)
     kinds = [rules.rowwise(functools.partial(mixer, window=w), *specs) for w in _windows(cfg, tokens.shape[1])]
 
-    def layer(x: Array, inputs: tuple[Params, Array | None]) -> tuple[Array, None]:
-        weights, local = _at_use(inputs[0], rules, compute_dtype), inputs[1]
+    def layer(x: Array, inputs: tuple[Params, Array | None]) -> tuple[Array, Any]:
+        weights, local = at_use(inputs[0], rules, compute_dtype), inputs[1]
+        seen: list[Array] = []
 
         def mix(q: Array, k: Array, v: Array) -> Array:
+            seen.extend((k, v))
             if len(kinds) == 1:
                 return kinds[0](q, k, v, segment_ids)
             return jax.lax.cond(local, *kinds, q, k, v, segment_ids)
 
-        return _feed_forward(cfg, weights, _attention(cfg, weights, x, rope_of(local), mix, rules), rules), None
+        x = feed_forward(cfg, weights, attention_block(cfg, weights, x, rope_of(local), mix, rules), rules)
+        return x, None if checkpoint else tuple(seen)
 
-    x = _embed(cfg, params, tokens, rules, compute_dtype)
-    scanned = params["layers"], _kinds(cfg)
-    x, _ = jax.lax.scan(jax.checkpoint(layer, policy=policy, prevent_cse=False), x, scanned)
-    return rules.reshard(_norm(cfg, x, params["final_norm"]), rules.batch_spec(3))
-
-
-def init_cache(cfg: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
-    """An empty cache for `capacity` positions of `batch` rows."""
-    zeros = jnp.zeros((cfg.layers, batch, capacity, cfg.kv_heads, cfg.head_dim), dtype)
-    return Cache(zeros, zeros)
-
-
-def hidden_cached(
-    cfg: ModelConfig,
-    params: Params,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    cache: Cache,
-    *,
-    compute_dtype: Any = jnp.float32,
-) -> tuple[Float[Array, "B T D"], Cache]:
-    """Hidden states of tokens that come after those in the cache, and the cache with them added at their `positions`.
-
-    A query sees the keys at index <= its own position, so padding on the right of a prompt is never seen: it is
-    overwritten before a query reaches it. What lies beyond the capacity is not kept. One device; nothing is kept for a
-    gradient.
-    """
-    rope_of = _ropes(cfg, positions)
-    distance = positions[:, :, None] - jnp.arange(cache.keys.shape[2])[None, None]
-    rows = jnp.arange(tokens.shape[0])[:, None]
-
-    def layer(carry: tuple[Array, Cache], inputs: tuple) -> tuple[tuple[Array, Cache], None]:
-        # The cache is carried and written in place; as a scanned input it would be copied whole for every token.
-        x, cache = carry
-        weights, (local, number) = _at_use(inputs[0], Rules(), compute_dtype), inputs[1:]
-        filled = []
-
-        def mix(q: Array, k: Array, v: Array) -> Array:
-            for old, new in zip(cache, (k, v), strict=True):
-                filled.append(old.at[number, rows, positions].set(new.astype(old.dtype)))
-            keys, values = (jax.lax.dynamic_index_in_dim(f, number, keepdims=False).astype(q.dtype) for f in filled)
-            return attend(q, keys, values, _in_reach(cfg, distance, local), soft_cap=cfg.attn_soft_cap)
-
-        x = _attention(cfg, weights, x, rope_of(local), mix)
-        return (_feed_forward(cfg, weights, x), Cache(*filled)), None
-
-    x = _embed(cfg, params, tokens, Rules(), compute_dtype)
-    (x, cache), _ = jax.lax.scan(layer, (x, cache), (params["layers"], _kinds(cfg), jnp.arange(cfg.layers)))
-    return _norm(cfg, x, params["final_norm"]), cache
+    x = embed(cfg, params, tokens, rules, compute_dtype)
+    scanned = params["layers"], kinds_of(cfg)
+    x, kept = jax.lax.scan(checkpoint(layer) if checkpoint else layer, x, scanned)
+    return rules.reshard(norm(cfg, x, params["final_norm"]), rules.batch_spec(3)), kept
 
 
 # --- local and global layers
 
 
-def _kinds(cfg: ModelConfig) -> Array | None:
+def kinds_of(cfg: ModelConfig) -> Array | None:
     """[L], which layers are local, if there are both kinds."""
     return jnp.asarray(cfg.local_layers) if len(set(cfg.local_layers)) > 1 else None
 
 
-def _ropes(cfg: ModelConfig, positions: Array) -> Callable[[Array | None], Rope]:
+def ropes(cfg: ModelConfig, positions: Array) -> Callable[[Array | None], Rope]:
     """The RoPE tables of a layer, given whether it is local (None: all layers are of one kind)."""
     tables = {local: rope_tables(cfg, positions, local) for local in set(cfg.local_layers) or {False}}
     if len(tables) == 1:
@@ -234,7 +201,7 @@ def _windows(cfg: ModelConfig, length: int) -> tuple[int, ...]:
     return (cfg.window,) if all(cfg.local_layers) else (cfg.window, 0)
 
 
-def _in_reach(cfg: ModelConfig, distance: Array, local: Array | None) -> Array:
+def in_reach(cfg: ModelConfig, distance: Array, local: Array | None) -> Array:
     """Whether a query sees a key that is `distance` before it: in a local layer only within the window."""
     seen = distance >= 0
     if not any(cfg.local_layers) or not cfg.window:
@@ -246,50 +213,59 @@ def _in_reach(cfg: ModelConfig, distance: Array, local: Array | None) -> Array:
 # --- the blocks
 
 
-def _norm(cfg: ModelConfig, x: Array, scale: Array) -> Array:
+def norm(cfg: ModelConfig, x: Array, scale: Array) -> Array:
+    """RMS norm with the scale as the family stores it."""
     return rms_norm(x, scale + cfg.norm_offset if cfg.norm_offset else scale, cfg.norm_eps)
 
 
-def _embed(cfg: ModelConfig, params: Params, tokens: Array, rules: Rules, dtype: Any) -> Array:
+def embed(cfg: ModelConfig, params: Params, tokens: Array, rules: Rules, dtype: Any) -> Array:
+    """What enters the first layer."""
     rows = rules.embed(params["embed"], tokens, dtype)
     return rows if cfg.embed_scale == 1.0 else rows * jnp.asarray(cfg.embed_scale, dtype)
 
 
-def _at_use(stored: Params, rules: Rules, dtype: Any) -> Params:
+def at_use(stored: Params, rules: Rules, dtype: Any) -> Params:
     """One layer's weights as they are used: matrices, all heads in one axis, in the compute dtype. Norm scales stay.
 
     They are cast and made flat before they are gathered: less moves, and what is gathered cannot be reshaped.
     """
     return {
-        name: leaf if name.endswith("_norm") else rules.gather(_flat(name, leaf.astype(dtype)))
+        name: leaf if name.endswith("_norm") else rules.gather(flattened(name, leaf.astype(dtype)))
         for name, leaf in stored.items()
     }
 
 
-def _flat(name: str, leaf: Array) -> Array:
+def flattened(name: str, leaf: Array) -> Array:
+    """One layer's leaf as a matrix [in, out], a bias as a vector."""
     inputs = 0 if name in ("bq", "bk", "bv") else INPUT_AXES.get(name, 1)
     return leaf.reshape(*(_product(part) for part in (leaf.shape[:inputs], leaf.shape[inputs:]) if part))
 
 
-def _attention(
-    cfg: ModelConfig, w: Params, x: Array, rope: Any, mix: Callable[..., Array], rules: Rules = Rules()
+def attention_block(
+    cfg: ModelConfig,
+    w: Params,
+    x: Array,
+    rope: Any,
+    mix: Callable[..., Array],
+    rules: Rules,
+    product: Product = project,
 ) -> Array:
     """x + the attention block; `mix` turns q [B, T, N, H] (scaled, rotated) and k, v [B, T, G, H] into [B, T, N, H]."""
-    normed = rules.reshard(_norm(cfg, x, w["attn_norm"]), rules.batch_spec(3))
-    q, k, v = (project(normed, w[name]) for name in ("wq", "wk", "wv"))
+    normed = rules.reshard(norm(cfg, x, w["attn_norm"]), rules.batch_spec(3))
+    q, k, v = (product(normed, w[name]) for name in ("wq", "wk", "wv"))
     if "bq" in w:  # [N * H] each
         q, k, v = q + w["bq"][None, None], k + w["bk"][None, None], v + w["bv"][None, None]
     q, k, v = (flat.reshape(*flat.shape[:2], -1, cfg.head_dim) for flat in (q, k, v))
     if "q_norm" in w:
-        q, k = _norm(cfg, q, w["q_norm"]), _norm(cfg, k, w["k_norm"])
+        q, k = norm(cfg, q, w["q_norm"]), norm(cfg, k, w["k_norm"])
     mixed = mix(rotate(q, rope, (cfg.query_pre_attn_scalar or cfg.head_dim) ** -0.5), rotate(k, rope), v)
-    added = rules.reshard(project(mixed.reshape(*x.shape[:2], -1), w["wo"], rules.summed), rules.residual)
-    return x + (_norm(cfg, added, w["post_attn_norm"]) if "post_attn_norm" in w else added)
+    added = rules.reshard(product(mixed.reshape(*x.shape[:2], -1), w["wo"], rules.summed), rules.residual)
+    return x + (norm(cfg, added, w["post_attn_norm"]) if "post_attn_norm" in w else added)
 
 
-def _feed_forward(cfg: ModelConfig, w: Params, x: Array, rules: Rules = Rules()) -> Array:
+def feed_forward(cfg: ModelConfig, w: Params, x: Array, rules: Rules, product: Product = project) -> Array:
     """x + the gated feed-forward block."""
-    normed = rules.reshard(_norm(cfg, x, w["mlp_norm"]), rules.batch_spec(3))
-    gate = ACTIVATIONS[cfg.activation](project(normed, w["w_gate"]))
-    added = rules.reshard(project(gate * project(normed, w["w_up"]), w["w_down"], rules.summed), rules.residual)
-    return x + (_norm(cfg, added, w["post_mlp_norm"]) if "post_mlp_norm" in w else added)
+    normed = rules.reshard(norm(cfg, x, w["mlp_norm"]), rules.batch_spec(3))
+    gate = ACTIVATIONS[cfg.activation](product(normed, w["w_gate"]))
+    added = rules.reshard(product(gate * product(normed, w["w_up"]), w["w_down"], rules.summed), rules.residual)
+    return x + (norm(cfg, added, w["post_mlp_norm"]) if "post_mlp_norm" in w else added)

@@ -132,6 +132,8 @@ def functions(family: str) -> dict[str, Callable[..., Any]]:
         "param_specs": lambda cfg: _models[cfg.family].specs,
         "hidden": hidden,
         "init_cache": init_cache,
+        "spread_cache": spread_cache,
+        "unrolled": lambda cfg, params, dtype: params,
         "hidden_cached": hidden_cached,
     }
 
@@ -173,19 +175,47 @@ def hidden(
     return rules.rowwise(local, (specs, row, row, row), rules.batch_spec(3))(params, tokens, segment_ids, positions)
 
 
-def init_cache(cfg: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Array:
+def init_cache(
+    cfg: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32, *, rules: Rules = Rules()
+) -> Array:
     """The tokens so far, int32 [B, C]; the module is run on all of them for every new one."""
-    return jnp.zeros((batch, capacity), jnp.int32)
+    rows, spec = batch // rules.batch_shards, rules.batch_spec(2)
+    return rules.rowwise(lambda: jnp.zeros((rows, capacity), jnp.int32), (), spec)()
+
+
+def spread_cache(cache: Array, samples: int, capacity: int, *, layers: bool = False, rules: Rules = Rules()) -> Array:
+    """Every row `samples` times, one after the other, with `capacity` places."""
+
+    def spread(cache: Array) -> Array:
+        return jnp.pad(jnp.repeat(cache, samples, 0), ((0, 0), (0, capacity - cache.shape[1])))
+
+    spec = rules.batch_spec(2)
+    return rules.rowwise(spread, (spec,), spec)(cache)
 
 
 def hidden_cached(
-    cfg: ModelConfig, params: Params, tokens: Array, positions: Array, cache: Array, *, compute_dtype: Any = jnp.float32
+    cfg: ModelConfig,
+    params: Params,
+    tokens: Array,
+    positions: Array,
+    cache: Array,
+    *,
+    rules: Rules = Rules(),
+    compute_dtype: Any = jnp.float32,
 ) -> tuple[Array, Array]:
     """As `models.hidden_cached`; what is right of a position is not seen by a causal model."""
-    cache = cache.at[jnp.arange(cache.shape[0])[:, None], positions].set(tokens.astype(jnp.int32))
-    at = jnp.broadcast_to(jnp.arange(cache.shape[1], dtype=jnp.int32)[None], cache.shape)
-    found = hidden(cfg, params, cache, jnp.ones_like(cache), at, compute_dtype=compute_dtype)
-    return jnp.take_along_axis(found, positions[:, :, None], axis=1), cache
+    row, states = rules.batch_spec(2), rules.batch_spec(3)
+
+    def put(cache: Array, tokens: Array, positions: Array) -> tuple[Array, Array]:
+        cache = cache.at[jnp.arange(cache.shape[0])[:, None], positions].set(tokens.astype(jnp.int32))
+        return cache, jnp.broadcast_to(jnp.arange(cache.shape[1], dtype=jnp.int32)[None], cache.shape)
+
+    def at_positions(found: Array, positions: Array) -> Array:
+        return jnp.take_along_axis(found, positions[:, :, None], axis=1)
+
+    cache, at = rules.rowwise(put, (row, row, row), (row, row))(cache, tokens, positions)
+    found = hidden(cfg, params, cache, jnp.ones_like(cache), at, rules=rules, compute_dtype=compute_dtype)
+    return rules.rowwise(at_positions, (states, row), states)(found, positions), cache
 
 
 def _path_of(family: str) -> str:

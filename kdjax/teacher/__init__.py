@@ -1,12 +1,13 @@
 """The teacher's side of the step: what the student is compared with at the selected slots."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
 from kdjax.teacher.classes import ClassSampler
-from kdjax.types import Array, Batch, CachedTeacher, DenseTargets, Head, SparseTargets, TeacherHidden, gather_slots
+from kdjax.types import Array, Batch, CachedTeacher, DenseTargets, Head, SparseTargets, gather_slots
 
 
 def live_targets(hidden: Array, head: Head, index: Array) -> DenseTargets:
@@ -53,7 +54,7 @@ def cached_targets(sampler: ClassSampler, cached: CachedTeacher, index: Array) -
     return sampler.targets(ids, codes, entropy)
 
 
-def cached_stats(cached: CachedTeacher | TeacherHidden | None, needs: tuple[str, ...]) -> Mapping[str, Array]:
+def cached_stats(cached: Any, needs: tuple[str, ...]) -> Mapping[str, Array]:
     """The statistics [B, T] among `needs` that the cache knows."""
     if not isinstance(cached, CachedTeacher):
         return {}

@@ -20,6 +20,13 @@ ADD = """
 }
 """
 
+
+def stated(kind, target, name):
+    """What a transfer between slices says of itself."""
+    said = {"megascale_target": target, "megascale_transfer_type": kind, "host_transfer_rendezvous": name}
+    return "frontend_attributes={" + ",".join(f'_xla_{key}="{value}"' for key, value in said.items()) + "}"
+
+
 # A scan of 5 layers that gathers a bf16 weight and reduces its gradient, in a scan of 3 micro-batches; then a norm.
 LOOPS = (
     """HloModule jit_step
@@ -117,6 +124,31 @@ ENTRY %main (x: f32[4]) -> f32[] {
 }
 """
 
+# As TPU sends to other slices: a gather of parts over two of them and a reduction over four in a loop of 3; a host's.
+SLICES = (
+    (
+        """HloModule jit_step
+
+%body (p: (s32[], f32[6])) -> (s32[], f32[6]) {
+  %s = (f32[6]{0:T(128)}, u32[], token[]) send(%g, %after-all), channel_id=2, is_host_transfer=true, SUMMED
+  %r = (f32[6]{0:T(128)}, u32[], token[]) recv(%after-all), channel_id=1, is_host_transfer=true, SUMMED
+  %sd = token[] send-done(%s), channel_id=2, is_host_transfer=true
+}
+
+ENTRY %main (x: f32[4]) -> f32[] {
+  %loop = (s32[], f32[6]{0}) while(%begin), condition=%condition, body=%body, COUNTED
+  %s.1 = (bf16[8,16]{1,0:T(8,128)(2,1)}, u32[], token[]) send(%x, %after-all), channel_id=3, GATHERED
+  %r.1 = (bf16[16,16]{1,0:T(8,128)(2,1)}, u32[], token[]) recv(%after-all), channel_id=4, GATHERED
+  %s.2 = (s32[2]{0}, u32[], token[]) send(%y, %after-all), channel_id=5, is_host_transfer=true
+  %s.3 = (f32[5]{0}, u32[], token[]) send(%y, %after-all), channel_id=6, PASSED
+}
+"""
+    )
+    .replace("SUMMED", stated("ALL_REDUCE", "{1,2,3,4}x{0:3}", "psum.7_0"))
+    .replace("GATHERED", stated("ALL_GATHER", "{1,2}x{0:3}", "all-gather.2_0"))
+    .replace("PASSED", stated("ONE_TO_ONE", "{{100000->200000},{200000->100000}}", "ppermute.3_0"))
+)
+
 
 def moved(text, devices=4):
     for word, meaning in WORDS.items():
@@ -180,6 +212,14 @@ def test_starts_count_and_their_ends_do_not():
         ("all-reduce", 24, 2, 1),
         ("collective-permute", 40, 2, 1),
     ]
+
+
+def test_what_goes_to_other_slices():
+    found = moved(SLICES).collectives
+    assert counted(SLICES) == [("all-reduce", 24, 4, 3), ("all-gather", 512, 2, 1), ("collective-permute", 20, 2, 1)]
+    assert all(one.network and one.members == () for one in found)
+    assert [one.where for one in found] == ["psum.7_0", "all-gather.2_0", "ppermute.3_0"]
+    assert not any(one.network for one in moved(LOOPS).collectives)
 
 
 def test_what_a_ring_sends():

@@ -1,35 +1,18 @@
 """Compile-only devices of whole slices, and the plan of a tiny step that is compiled for one."""
 
-import importlib.util
 import json
 import math
-import pathlib
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
-from absl import flags
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kdjax import aot
 from kdjax.analysis import plan_hlo, plan_memory, plan_text
 from kdjax.config import default_config, from_config_dict
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def plan():
-    known = set(flags.FLAGS)
-    spec = importlib.util.spec_from_file_location("planned_for_topologies", ROOT / "launch" / "plan.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    made = set(flags.FLAGS) - known
-    yield module
-    for name in made:
-        delattr(flags.FLAGS, name)
 
 
 def needs(chip):
@@ -122,7 +105,7 @@ def tiny(**changes):
 
 
 @pytest.fixture(scope="module")
-def planned(plan):
+def planned(plan, little_effort):
     needs("v5e")
     return plan.topology_figures(tiny(), "v5e:2x2")
 
@@ -151,6 +134,30 @@ def test_the_collectives_of_a_compiled_step(planned):
     # The compiler gathers the tied table once, for the look-up and the head.
     assert gathered == pytest.approx(wanted, rel=0.05)
     assert 0.9 < moved["ratio"] < 1.3
+
+
+def test_two_slices_reduce_gradients_over_the_network(plan, little_effort):
+    """Each chip sends its quarter of the gradients to its counterpart once; all else stays in the slice."""
+    needs("v5e")
+    found = plan.topology_figures(tiny(), "v5e:2x2:2")
+    assert found["target"]["mesh"] == {"replica": 2, "data": 4}
+    (over,) = [line for line in found["collectives"]["compiled"] if line["axis"] == "slices"]
+    (own,) = [line["sent"] for line in found["collectives"]["implied"] if line["name"] == "student: gradients reduced"]
+    assert over["kind"] == "all-reduce"
+    # Reduced within a slice, 3/4, and then a quarter of it between two; so small arrays are filled up to whole tiles.
+    assert own / 4 <= over["sent"] < 1.5 * own / 4
+    assert found["estimate"]["network"] == pytest.approx(over["sent"] / 3.1e9)
+    assert "over slices" in plan_text.render(found)
+
+
+def test_eight_gpus_send_what_is_implied(plan):
+    needs("h100")
+    found = plan.topology_figures(tiny(**{"mesh.attention": "xla"}), "h100:8")  # cuDNN may not be here
+    assert found["target"]["mesh"] == {"data": 8}
+    assert found["memory"]["fits"]
+    moved = found["collectives"]
+    assert {line["kind"] for line in moved["compiled"]} == {"all-gather", "reduce-scatter", "all-reduce"}
+    assert moved["ratio"] == pytest.approx(1, abs=0.01)
 
 
 def test_the_page_says_it_all(planned):

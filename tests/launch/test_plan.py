@@ -88,6 +88,12 @@ def test_with_a_cache_the_teacher_is_no_argument(plan, experiment, live):
     assert live["step_argument_bytes"] - without["step_argument_bytes"] == pytest.approx(saved, abs=8192)
 
 
+def test_a_teacher_on_devices_of_its_own_is_not_planned(plan, experiment):
+    apart = dataclasses.replace(experiment, teacher=dataclasses.replace(experiment.teacher, devices=4))
+    with pytest.raises(ValueError, match=r"^teacher\.devices must be 0 for launch\.plan, got 4; .* Set it to 0, "):
+        plan.step_figures(apart)
+
+
 def test_the_script_writes_what_it_prints(plan, built, live, tmp_path, monkeypatch, capsys):
     config = default_config()
     for group, field, value in (

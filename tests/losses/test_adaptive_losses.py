@@ -38,7 +38,8 @@ def evaluate(name, student, teacher, labels=None, config=None, implementation=No
 def scalars(name, student, teacher, labels, config):
     """What the term says of each row."""
     logp, logq = (jax.nn.log_softmax(jnp.asarray(z, jnp.float32)) for z in (teacher, student))
-    pair = Pair(logp, logq, jnp.exp(logp), jnp.exp(logq), jnp.eye(logp.shape[1], dtype=bool)[np.asarray(labels)])
+    is_label = np.arange(logp.shape[1])[None] == np.asarray(labels)[:, None]
+    pair = Pair(logp, logq, jnp.exp(logp), jnp.exp(logq), jnp.asarray(is_label))
     return np.asarray(LOSSES[name](config).row_scalars(pair, lambda values: jnp.sum(values, -1, keepdims=True)))
 
 

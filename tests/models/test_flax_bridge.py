@@ -17,7 +17,7 @@ from flax import nnx
 from kdjax import loop, models
 from kdjax.build import build
 from kdjax.config import Mesh
-from kdjax.generation.sampler import greedy
+from kdjax.generation import Sampling, sample
 from kdjax.models import flax_bridge, flax_models, hf_io, io, tokenizer
 from kdjax.optim import decayed
 from kdjax.sharding import Rules, make_rules
@@ -212,8 +212,9 @@ def test_too_much_state_is_refused(native, monkeypatch):
 def test_greedy_tokens_are_those_of_the_native_model(module, native):
     loaded = load("teacher")
     prompts, lengths = jnp.asarray([[5, 6, 7, 8], [9, 3, 0, 0]], jnp.int32), jnp.asarray([4, 2], jnp.int32)
+    keys = jax.random.split(jax.random.key(0), (2, 1))
     wanted, found = (
-        greedy(cfg, params, prompts, lengths, new_tokens=5)
+        sample(cfg, params, prompts, lengths, keys, settings=Sampling(temperature=0), new_tokens=5)
         for cfg, params in ((TEACHER, native[1]), (loaded.cfg, loaded.params))
     )
     np.testing.assert_array_equal(found[0], wanted[0])

@@ -83,7 +83,7 @@ def test_remat_changes_memory_and_not_the_gradient():
     params = models.init_params(CFG, jax.random.key(0))
     gradients = {remat: program(params, *inputs(3, 100)) for remat, program in programs.items()}
     for remat in REMAT:
-        compare = functools.partial(np.testing.assert_allclose, atol=1e-5)
+        compare = functools.partial(np.testing.assert_allclose, atol=1e-4)
         jax.tree.map(compare, gradients[remat], gradients["full"])
     memory = {remat: program.memory_analysis().temp_size_in_bytes for remat, program in programs.items()}
     assert memory["none"] > memory["dots"] > memory["full"]

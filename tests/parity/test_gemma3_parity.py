@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kdjax import models
-from kdjax.generation import sampler
+from kdjax.generation import Sampling, sample
 from kdjax.models import decoder, hf_io, io, prune
 from kdjax.sharding import Rules
 
@@ -176,9 +176,10 @@ def test_greedy_decoding_says_what_transformers_says():
     model = make_torch(final_logit_softcapping=3.0)
     cfg = hf_io.make_config(model.config.to_dict(), "config")
     prompts, lengths, new = token_ids(), np.array([LENGTH, 9], np.int32), 12
-    tokens, counts = sampler.greedy(cfg, from_torch(cfg, model), prompts, lengths, new_tokens=new)
-    assert list(counts) == [new, new]
-    for row, length, prompt in zip(np.asarray(tokens), lengths, prompts, strict=True):
+    keys, settings = jax.random.split(jax.random.key(0), (2, 1)), Sampling(temperature=0)
+    made = sample(cfg, from_torch(cfg, model), prompts, lengths, keys, settings=settings, new_tokens=new)
+    assert made.counts.tolist() == [[new], [new]]
+    for row, length, prompt in zip(np.asarray(made.tokens[:, 0]), lengths, prompts, strict=True):
         ids = torch.tensor(prompt[None, :length].astype(np.int64))
         settings = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "eos_token_id": None}
         out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **settings)

@@ -11,9 +11,9 @@ from kdjax import loop
 from kdjax.build import build
 from kdjax.config import default_config, from_config_dict
 from kdjax.curation import make_scorer
-from kdjax.data import to_batch
+from kdjax.data import heldout_batches, to_batch
 from kdjax.evals.text_page import make_page_step
-from kdjax.loop import Heldout
+from kdjax.run.heldout import Heldout
 from kdjax.step import feed_of, feed_step, make_train_step
 from kdjax.teacher import apart
 from kdjax.types import TeacherHidden
@@ -72,7 +72,7 @@ def figures(built):
     held = Heldout(built)(state.params)
     scorer = make_scorer(built.parts.student, built.parts.teacher, built.experiment.samples, built.rules, 8)
     scores = scorer(state.params, built.teacher_params, built.train)
-    columns = next(iter(loop.heldout_batches(built.data.heldout, 8, 8)))
+    columns = next(iter(heldout_batches(built.data.heldout, 8, 8)))
     batch = feed_of(built.parts.teacher)(to_batch(columns, built.rules))
     page = make_page_step(built.parts)(
         state.params, built.teacher_params, batch, state.policy_state, state.key, state.step
@@ -105,7 +105,7 @@ def test_all_that_reads_the_teacher_gives_the_same(text, name):
 
 def test_hidden_states_come_back_and_never_logits(text):
     built = build(experiment(text, **SIDES["two devices"]))
-    batch = to_batch(next(iter(loop.heldout_batches(built.data.heldout, 8, 8))), built.rules)
+    batch = to_batch(next(iter(heldout_batches(built.data.heldout, 8, 8))), built.rules)
     fed = built.parts.teacher.feed(batch)
     assert isinstance(fed.teacher, TeacherHidden)
     assert fed.teacher.hidden.shape == (8, 16, built.teacher.cfg.width)

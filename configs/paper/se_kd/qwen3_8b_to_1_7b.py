@@ -3,9 +3,17 @@
 Command:   python -m launch.train --config=configs/paper/se_kd/qwen3_8b_to_1_7b.py:se_kd --workdir=runs/se_kd
              --config.data.path=<FineWeb-Edu as *.jsonl with "text", 80M tokens of it>; before it launch.curate for rows
              that choose samples, then launch.cache_teacher for rows with teacher.source=cache
-Hardware:  a TPU slice or GPUs with 16 GB for each of 8 devices or more. launch.plan, compiled and not run, with
-             --config.data.seq_len=2048: SE-KD takes 6.1 GiB of each chip of v5e:4x4, and 3X 5.9 GiB on v5e:2x4, with
-             --config.mesh.shape=data:4,model:4 and data:2,model:4
+Hardware:  a TPU slice or GPUs with 16 GB for each of 8 devices or more. Compiled, not run:
+             python -m launch.plan --config=<this file>:<row> --config.data.seq_len=2048 --topology=<topology>
+             row       topology   mesh by default     GiB a chip   sent GiB, of what is implied   s to compile
+             se_kd     v5e:4x4    data:4,model:4      6.1 of 16 GB      22.6, 1.018               126
+             se_kd     v6e:4x4    data:4,model:4      6.0 of 32 GB      22.5, 1.016               268
+             se_kd     v5p:2x2x4  data:4,model:4      6.1 of 95 GB      22.6, 1.018               222
+             se_kd     v5e:2x4:2  replica:2,data:8    7.8 of 16 GB      21.3, 1.014               242
+             se_kd     h100:8     data:8              8.3 of 80 GB      20.7, 1.000               74
+             se_kd_3x  v5e:2x4    data:8              5.0 of 16 GB       8.4, 1.035               279
+             (two slices send 0.5 of it over the network; h100 without cuDNN here, so with XLA's attention; compiling
+             on two cores that others used too)
 Time:      not measured here; the paper: 23 h dense, 4 h for 3X with its cache there, on two RTX 3090
 Result:    not run here; the paper's figures are with the rows in ROWS: Acc, its mean over five tasks
 

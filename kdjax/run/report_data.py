@@ -22,7 +22,7 @@ from kdjax.build import Built
 from kdjax.config import fingerprint
 from kdjax.data import heldout_batches, to_batch
 from kdjax.evals.text_page import entropy_page, make_page_step
-from kdjax.generation.sampler import complete
+from kdjax.generation import complete
 from kdjax.models.tokenizer import fingerprint as tokenizer_fingerprint
 from kdjax.run_log import write_whole
 from kdjax.selection.stats import NEEDS_TEACHER
@@ -65,8 +65,7 @@ def write_after(workdir: Path, built: Built, state: TrainState) -> None:
 
 
 def _complete(built: Built, cfg: Any, params: Params, prompts: list[str]) -> list[str]:
-    new_tokens, kernels = built.experiment.eval.new_tokens, built.rules.kernels
-    return complete(cfg, params, built.tokenizer, prompts, new_tokens, implementation=kernels)
+    return complete(cfg, params, built.tokenizer, prompts, built.experiment.eval.new_tokens)
 
 
 def _prompts(built: Built) -> list[str]:

@@ -1,0 +1,147 @@
+"""Prompts as models take them, what they weigh, and training rows from their answers."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdjax.config import Experiment
+from kdjax.curation.paced import load_weights
+from kdjax.data import LoadedData, Rows
+from kdjax.data.prompts import Prompt, fingerprint, load_prompts, messages, split_prompts
+from kdjax.data.responses import Answered, answer_rows, end_of_answer, prompt_ids, room_for_teacher
+from kdjax.generation.store import FAILED, LENGTH, read_rollouts
+
+GOLD = "gold"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Asked:
+    """The prompts of an experiment, encoded.
+
+    heldout: to evaluate on. train: those with a weight above 0; ids, seen_by_teacher (None = the same) and weight are
+    of these, in this order. end: the id that ends an answer. room: how much longer the teacher's rows are.
+    """
+
+    heldout: tuple[Prompt, ...]
+    train: tuple[Prompt, ...]
+    ids: tuple[tuple[int, ...], ...]
+    seen_by_teacher: tuple[tuple[int, ...] | None, ...]
+    weight: np.ndarray
+    end: int
+    room: int
+    fingerprint: str
+
+    def answered(self, number: int, answer: Sequence[int]) -> Answered:
+        """The row to be of an answer to train[number]."""
+        return Answered(self.ids[number], tuple(answer), float(self.weight[number]), self.seen_by_teacher[number])
+
+
+def load_asked(e: Experiment, tokenizer: Any, workdir: Path | None) -> Asked:
+    """The prompts of `e.prompts`, with the weights that launch.curate left in `workdir`.
+
+    Raises ValueError for prompts that are too long for data.seq_len, weights that are missing, a teacher that shall see
+    gold answers that are not there.
+    """
+    every = load_prompts(e.prompts)
+    heldout, train = split_prompts(every, e.prompts)
+    weight = _weights(e, train, workdir)
+    kept = [number for number in range(len(train)) if weight[number] > 0]
+    train, weight = [train[number] for number in kept], weight[kept]
+    ids = [tuple(_encode(e, prompt, tokenizer)) for prompt in train]
+    _check_room(e, train, ids)
+    seen = tuple(_privileged(e, prompt, tokenizer) for prompt in train)
+    room = room_for_teacher([Answered(a, (), 1.0, b) for a, b in zip(ids, seen, strict=True)])
+    end = end_of_answer(tokenizer, chat_template=e.data.chat_template)
+    return Asked(tuple(heldout), tuple(train), tuple(ids), seen, weight, end, room, fingerprint(every))
+
+
+def training_text(
+    e: Experiment, data: LoadedData, tokenizer: Any, workdir: Path | None
+) -> tuple[LoadedData, Asked | None, dict[str, np.ndarray]]:
+    """(data, prompts, teacher's text): with prompts.answers the train rows are these, else those of the corpus.
+
+    prompts: None if no answers are trained on. teacher's text: columns of `types.TeacherText`, by row_id.
+    """
+    if not e.prompts.answers and e.on_policy.fraction == 0:
+        return data, None, {}
+    asked = load_asked(e, tokenizer, workdir)
+    rows, text = (data.train, {}) if not e.prompts.answers else rows_of_answers(e, asked, tokenizer)
+    digest = hashlib.sha256(f"{data.fingerprint} {asked.fingerprint} {asked.weight.tobytes().hex()}".encode())
+    digest.update(rows.row_hash.astype("<u8").tobytes())
+    return dataclasses.replace(data, train=rows, fingerprint=digest.hexdigest()), asked, text
+
+
+def rows_of_answers(e: Experiment, asked: Asked, tokenizer: Any) -> tuple[Rows, dict[str, np.ndarray]]:
+    """The rows of `prompts.answers`, and what the teacher reads in their place ({} = the same).
+
+    gold: the gold answer of every prompt. Otherwise a directory of launch.generate: all answers in it to the train
+    prompts but those that failed; one that was cut off has no end. Raises ValueError if there is no answer.
+    """
+    made = []
+    if e.prompts.answers == GOLD:
+        for number, prompt in enumerate(asked.train):
+            if prompt.answer:
+                made.append(asked.answered(number, [*_plain_ids(tokenizer, prompt.answer), asked.end]))
+    else:
+        number_of = {prompt.id: number for number, prompt in enumerate(asked.train)}
+        for rollout in read_rollouts(e.prompts.answers):
+            if rollout.finish != FAILED and rollout.response and rollout.id in number_of:
+                end = [] if rollout.finish == LENGTH else [asked.end]
+                made.append(asked.answered(number_of[rollout.id], [*_plain_ids(tokenizer, rollout.response), *end]))
+    if not made:
+        raise ValueError(
+            f"prompts.answers must hold answers to the train prompts, got {e.prompts.answers!r} with none. Run "
+            "launch.generate for these prompts first, or set it to 'gold'."
+        )
+    return answer_rows(made, e.data.seq_len, asked.room)
+
+
+def _plain_ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _encode(e: Experiment, prompt: Prompt, tokenizer: Any) -> list[int]:
+    return prompt_ids(prompt, tokenizer, chat_template=e.data.chat_template, system_prompt=e.data.system_prompt)
+
+
+def _weights(e: Experiment, train: Sequence[Prompt], workdir: Path | None) -> np.ndarray:
+    if e.pass_rates.weight == "uniform" or workdir is None:
+        return np.ones(len(train), np.float64)
+    by_id = load_weights(workdir).by_id()
+    found = np.array([by_id.get(prompt.id, 0.0) for prompt in train], np.float64)
+    if not found.any():
+        raise ValueError(
+            f"--workdir must hold weights of the prompts of prompts.path, got weights.jsonl in {str(workdir)!r} with "
+            "none of them above 0. Run launch.curate again."
+        )
+    return found * (found > 0).sum() / found.sum()  # mean 1 over what is trained on
+
+
+def _check_room(e: Experiment, train: Sequence[Prompt], ids: Sequence[tuple[int, ...]]) -> None:
+    wanted = e.generation.new_tokens if e.on_policy.fraction != 0 else 1
+    longest = max(range(len(ids)), key=lambda number: len(ids[number]))
+    if len(ids[longest]) + wanted > e.data.seq_len:
+        raise ValueError(
+            f"data.seq_len must hold the longest prompt and its answer, got {e.data.seq_len} for the "
+            f"{len(ids[longest])} tokens of {train[longest].id!r} and {wanted} new ones. Raise it to "
+            f"{len(ids[longest]) + wanted}, or lower generation.new_tokens."
+        )
+
+
+def _privileged(e: Experiment, prompt: Prompt, tokenizer: Any) -> tuple[int, ...] | None:
+    """What the teacher is asked: the last turn's question in teacher.privileged, with the gold answer."""
+    if not e.teacher.privileged:
+        return None
+    if prompt.answer is None:
+        raise ValueError(
+            f"prompts.path must hold gold answers with teacher.privileged, got none for {prompt.id!r}; the teacher is "
+            'shown them. Add "answer" to it.'
+        )
+    *before, last = messages(prompt)
+    text = e.teacher.privileged.replace("{question}", last["content"]).replace("{answer}", prompt.answer)
+    shown = dataclasses.replace(prompt, prompt=(*before, {**last, "content": text}))
+    return tuple(_encode(e, shown, tokenizer))

@@ -1,0 +1,304 @@
+"""Many prompts of all lengths in, texts out as they finish: batches of one compiled shape, stop strings, cut texts.
+
+What an answer says depends on its prompt, its name, its number and the seed; not on the batch that it was in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from kdjax.data.encode import encode as encode_documents
+from kdjax.data.sources import Document
+from kdjax.generation.sampler import How, State, advance, begin, fast_params
+from kdjax.generation.sampling import Sampling
+from kdjax.models import ModelConfig
+from kdjax.sharding import Rules
+from kdjax.types import Array, Params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, str]
+NARROWEST = 32  # tokens; the least to which prompts are padded
+CHUNK = 16  # tokens between two looks at the texts
+STOP, LENGTH = "stop", "length"
+
+
+@dataclasses.dataclass(frozen=True)
+class Speaker:
+    """A model that answers; made by `speaker`.
+
+    fast: params as `sampler.fast_params` makes them. ends: the tokens that end an answer. vocab_size: only ids below it
+    are generated. rules: of the mesh by which params are stored, or none.
+    """
+
+    cfg: ModelConfig
+    params: Params
+    fast: Params
+    tokenizer: PreTrainedTokenizerBase
+    ends: tuple[int, ...]
+    vocab_size: int
+    rules: Rules
+    compute_dtype: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One answer: its text, the tokens of it, and the sum of their log-probabilities in nats under the model itself.
+
+    The end token is in none of them. After a stop string the text ends before it, and the tokens are the fewest that
+    the text needs: the last may say more than the text. finish: "stop" or, after new_tokens tokens, "length".
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    logp: float
+    finish: str
+
+
+def speaker(
+    cfg: ModelConfig,
+    params: Params,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rules: Rules = Rules(),
+    compute_dtype: Any = jnp.float32,
+) -> Speaker:
+    """The model as `rollouts` takes it. Padding columns, which the tokenizer does not know, are never generated.
+
+    On one CPU the weights of the layers are held a second time, in another order.
+    """
+    size = min(cfg.vocab_size, max(tokenizer.get_vocab().values()) + 1)
+    fast = fast_params(cfg, rules, compute_dtype, params)
+    return Speaker(cfg, params, fast, tokenizer, end_ids(cfg, tokenizer), size, rules, compute_dtype)
+
+
+def end_ids(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end an answer: the model's, the tokenizer's, and the one that the chat template puts there."""
+    ends = {*cfg.eos_ids, tokenizer.eos_token_id} - {None}
+    if getattr(tokenizer, "chat_template", None) and getattr(tokenizer, "is_fast", False):
+        chat = Document("", messages=(("user", "Hello."), ("assistant", "Hi.")))
+        try:
+            (said,) = encode_documents([chat], tokenizer)
+        except ValueError:  # a template that renders no such chat ends no answer
+            return tuple(sorted(ends))
+        last = int(said.tokens[said.loss_mask][-1])
+        ends |= {last} & set(tokenizer.added_tokens_decoder)
+    return tuple(sorted(ends))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
+    """The tokens of a text to go on with, or of chat messages that are to be answered, by the tokenizer's template."""
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    chat = [dict(message) for message in prompt]
+    ids: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return list(ids)
+
+
+def padded_width(length: int) -> int:
+    """To how many tokens a prompt is padded: 32, 48, 64, 96, 128, 192, ...; at most 1.5 times its length from 22 on."""
+    width = NARROWEST
+    while width < length:
+        width = width * 3 // 2 if width & (width - 1) == 0 else width * 4 // 3
+    return width
+
+
+def rollouts(
+    speaker: Speaker,
+    prompts: Sequence[Sequence[int]],
+    samples: int | Sequence[Sequence[int]],
+    settings: Sampling,
+    *,
+    new_tokens: int,
+    names: Sequence[str] | None = None,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    batch_size: int = 16,
+) -> Iterator[tuple[int, int, Completion]]:
+    """(prompt index, sample number, completion) of every answer as it finishes.
+
+    prompts: token ids. samples: how many of each, or the sample numbers that are wanted of each prompt. names: of the
+    prompts, part of what their draws depend on; by default their indices. stop: texts that end an answer. batch_size:
+    answers at a time, at least one for each device along the batch.
+    With several processes all have to call; all get everything. Raises ValueError for a prompt without tokens, or one
+    that with its answer is longer than the model's context.
+    """
+    names = [str(index) for index in range(len(prompts))] if names is None else names
+    numbers = [range(samples)] * len(prompts) if isinstance(samples, int) else samples
+    _check(prompts, speaker.cfg, new_tokens)
+    most = max((len(wanted) for wanted in numbers), default=0)
+    if not most:
+        return
+    each = min(most, batch_size)
+    shards = speaker.rules.batch_shards
+    count = -(-max(1, batch_size // each) // shards) * shards
+    how = How(settings, new_tokens, speaker.ends, speaker.vocab_size, speaker.compute_dtype, speaker.rules)
+    units = [
+        (index, tuple(wanted[at : at + each]))
+        for index, wanted in enumerate(numbers)
+        for at in range(0, len(wanted), each)
+    ]
+    by_width: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
+    for unit in units:
+        by_width.setdefault(padded_width(len(prompts[unit[0]])), []).append(unit)
+    for width in sorted(by_width):
+        group = by_width[width]
+        for at in range(0, len(group), count):
+            batch = group[at : at + count]
+            state, rows = _start(speaker, how, prompts, names, seed, batch, (count, each, width))
+            for row, completion in _finish(speaker, how, state, rows, tuple(stop)):
+                yield *rows[row], completion
+
+
+def complete(
+    cfg: ModelConfig,
+    params: Params,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Sequence[Message]],
+    new_tokens: int,
+    *,
+    compute_dtype: Any = jnp.float32,
+    batch_size: int = 8,
+) -> list[str]:
+    """Greedy completions, without their prompts and special tokens.
+
+    A prompt is a text to go on with, or a list of chat messages that is to be answered; see `encode`. Runs on one
+    device: `params` are brought there if they are split over several; with several processes all have to call. Raises
+    ValueError as `rollouts` does.
+    """
+    ids = [encode(tokenizer, prompt) for prompt in prompts]
+    with jax.set_mesh(None):  # a mesh that the caller may have set is none of this program's business
+        model = speaker(cfg, _on_one_device(params), tokenizer, compute_dtype=compute_dtype)
+        size = min(batch_size, max(1, len(ids)))
+        found = {
+            index: completion.text
+            for index, _, completion in rollouts(
+                model, ids, 1, Sampling(temperature=0), new_tokens=new_tokens, batch_size=size
+            )
+        }
+    return [found[index] for index in range(len(ids))]
+
+
+# --- one batch
+
+
+def _start(
+    speaker: Speaker,
+    how: How,
+    prompts: Sequence[Sequence[int]],
+    names: Sequence[str],
+    seed: int,
+    batch: Sequence[tuple[int, tuple[int, ...]]],
+    shape: tuple[int, int, int],
+) -> tuple[State, dict[int, tuple[int, int]]]:
+    """The batch with its first tokens, and row -> (prompt index, sample number) of the rows that are wanted."""
+    count, each, width = shape
+    tokens, lengths = np.zeros((count, width), np.int32), np.ones(count, np.int32)
+    marks, numbers = np.zeros(count, np.uint32), np.zeros((count, each), np.int32)
+    rows: dict[int, tuple[int, int]] = {}
+    for at, (index, wanted) in enumerate(batch):
+        tokens[at, : len(prompts[index])] = prompts[index]
+        lengths[at], marks[at] = len(prompts[index]), zlib.crc32(names[index].encode())
+        numbers[at, : len(wanted)] = wanted
+        rows |= {at * each + place: (index, number) for place, number in enumerate(wanted)}
+    keys = _keys(jax.random.key(seed), marks, numbers)
+    wanted_rows = np.isin(np.arange(count * each), list(rows)).reshape(count, each)
+    inputs = [_placed(part, speaker.rules) for part in (tokens, lengths, keys, wanted_rows)]
+    return begin(speaker.cfg, how, speaker.params, *inputs), rows
+
+
+@jax.jit
+def _keys(key: Array, marks: Array, numbers: Array) -> Array:
+    """[P, n]: by the name of the prompt and the number of the sample."""
+    by_name = jax.vmap(jax.random.fold_in, (None, 0))(key, marks)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(by_name, numbers)
+
+
+def _finish(
+    speaker: Speaker, how: How, state: State, rows: Mapping[int, Any], stop: tuple[str, ...]
+) -> Iterator[tuple[int, Completion]]:
+    """(row, completion) as they finish. Texts are looked at every CHUNK tokens."""
+    open_rows, made = set(rows), 1
+    while True:
+        seen = state.rows
+        tokens, logp, counts, stopped = (_host(part) for part in (seen.tokens, seen.logp, seen.counts, seen.stopped))
+        halted = np.ones(len(counts), bool)
+        for row in sorted(open_rows):
+            finish = STOP if stopped[row] else LENGTH if counts[row] >= how.new_tokens else ""
+            found = _completion(
+                speaker.tokenizer, tokens[row, : counts[row]].tolist(), logp[row, : counts[row]], finish, stop
+            )
+            if found is None:
+                halted[row] = False
+                continue
+            open_rows.remove(row)
+            yield row, found
+        if not open_rows:
+            return
+        made = min(made + CHUNK, how.new_tokens)
+        state = advance(speaker.cfg, how, speaker.fast, state, jnp.int32(made), _placed(halted, how.rules))
+
+
+def _completion(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], logp: np.ndarray, finish: str, stop: tuple[str, ...]
+) -> Completion | None:
+    """The answer, if it is finished or a stop string is in it."""
+    if not finish and not stop:
+        return None
+
+    def text_of(count: int) -> str:
+        # Always from the first token on: one token may be a part of a character.
+        return str(tokenizer.decode(ids[:count], skip_special_tokens=True))
+
+    text, count = text_of(len(ids)), len(ids)
+    places = [at for at in map(text.find, stop) if at >= 0]
+    if places:
+        text, finish = text[: min(places)], STOP
+        count = next(count for count in range(len(ids) + 1) if text_of(count).startswith(text))
+    if not finish:
+        return None
+    return Completion(text, tuple(ids[:count]), float(np.sum(logp[:count], dtype=np.float64)), finish)
+
+
+# --- odds and ends
+
+
+def _check(prompts: Sequence[Sequence[int]], cfg: ModelConfig, new_tokens: int) -> None:
+    for number, row in enumerate(prompts):
+        if not len(row):
+            raise ValueError(f"prompts[{number}] must have at least one token, got none. Add some text.")
+        if len(row) + new_tokens > cfg.max_positions:
+            raise ValueError(
+                f"prompts[{number}] must leave room for the answer, got {len(row)} tokens + {new_tokens} new ones; the "
+                f"model's context is {cfg.max_positions}. Shorten the prompt or lower new_tokens."
+            )
+
+
+def _placed(array: Any, rules: Rules) -> Any:
+    return array if rules.mesh is None else jax.device_put(array, rules.batch(array.ndim))
+
+
+def _host(array: Array) -> np.ndarray:
+    if not array.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def _on_one_device(params: Params) -> Params:
+    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(params)):
+        from jax.experimental import multihost_utils
+
+        params = multihost_utils.process_allgather(params, tiled=True)
+    # With a bare device instead of a sharding the arrays would keep the mesh in their type.
+    return jax.device_put(params, SingleDeviceSharding(jax.local_devices()[0]))

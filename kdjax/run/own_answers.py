@@ -1,0 +1,295 @@
+"""The student's own answers as training text: which steps use them, the blocks they come in, and when they collapse.
+
+A block is `on_policy.block` steps' worth of answers, written at once by the student of that moment, each row used
+`on_policy.reuse` times. Which step is an own one, which prompts a block has and every draw depend on seeds and the step
+alone, and a block is on disk before it is used: a run that goes on after a kill writes no answer of its past again.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kdjax.build import DTYPES, Asked, Built
+from kdjax.checkpoint import agreed
+from kdjax.config import Experiment
+from kdjax.data import Rows, fed_places, heldout_batches, to_batch
+from kdjax.data.pipeline import Columns
+from kdjax.data.responses import answer_rows
+from kdjax.evals.heldout import make_eval_step
+from kdjax.generation.batching import STOP, rollouts, speaker
+from kdjax.generation.sampling import Sampling
+from kdjax.run_log import write_whole
+from kdjax.schedules import make_schedule
+from kdjax.sharding import Rules
+from kdjax.teacher.apart import share_devices
+from kdjax.types import Params
+
+log = logging.getLogger("kdjax")
+
+SEEDS = 1_000_003  # blocks of one generation.seed do not meet those of another
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """tokens: without the end token; finished: whether it ended by itself; logp: of all tokens together, in nats."""
+
+    text: str
+    tokens: tuple[int, ...]
+    logp: float
+    finished: bool
+
+
+Writer = Callable[[Params, Sequence[int], int], Sequence[Answer]]  # (student, numbers of prompts, seed) -> answers
+Judge = Callable[[Params, Rows, Mapping[str, np.ndarray]], Mapping[str, float]]  # figures of rows, by both models
+
+# figure -> (how it may change against the first block's before it is an alarm, what it says)
+ALARMS: dict[str, tuple[Callable[[float, float], bool], str]] = {
+    "rollout_tokens": (lambda now, first: now > 0.25 * first, "answers became four times shorter"),
+    "rollout_truncated": (lambda now, first: now < max(0.9, first + 0.05), "answers no longer end by themselves"),
+    "rollout_distinct": (lambda now, first: now > 0.5 * first, "answers repeat the same pairs of tokens"),
+    "rollout_entropy": (lambda now, first: now > 0.1 * first, "the student has nearly stopped to vary its answers"),
+    "rollout_teacher_nll": (lambda now, first: now < 2 * first + 1, "the teacher gives these answers little mass"),
+}
+
+
+class Collapse(FloatingPointError):
+    """The student's answers collapsed, and on_policy.alarms is 'stop'."""
+
+
+class OwnAnswers:
+    """The own steps of a run and their batches; one of them at most is in memory as a block."""
+
+    def __init__(
+        self, e: Experiment, asked: Asked, workdir: Path, write: Writer, judge: Judge | None, rules: Rules = Rules()
+    ) -> None:
+        self._e, self._asked, self._folder = e, asked, workdir / "own_answers"
+        self._write, self._judge = write, judge
+        self._fed = fed_places(rules, e.train.batch_size, e.train.accumulate)
+        self._own = own_steps(self._e.on_policy.fraction, self._e.train.steps, self._e.train.seed)
+        self._block: tuple[int, Rows, dict[str, np.ndarray], np.ndarray] | None = None
+
+    def takes(self, step: int) -> bool:
+        """Whether this step, counted from 1, trains on the student's own answers."""
+        return bool(self._own[step - 1])
+
+    def others_before(self, step: int) -> int:
+        """How many of the first `step` steps train on other text."""
+        return int(np.sum(~self._own[:step]))
+
+    def due(self, step: int) -> bool:
+        """Whether `load` must come before the columns of this step."""
+        return self._block is None or self._block[0] != self._number(step)
+
+    def load(self, step: int, params: Params) -> dict[str, float]:
+        """The block of this step, from disk if it was written before, else by the student.
+
+        Its figures, if it begins with this step, else {}.
+        Raises Collapse if its answers set off an alarm that is to stop the run.
+        """
+        number, o = self._number(step), self._e.on_policy
+        prompts = self._prompts(number)
+        found = self._read(number, step) if agreed(self._path(number).is_file()) else None
+        if found is None:
+            answers = list(self._write(params, prompts, number))
+            figures, began = _figures(answers), step
+        else:
+            answers, figures, began = found
+        keep = np.array([bool(a.tokens) and (a.finished or o.truncated == "keep") for a in answers])
+        rows, text = answer_rows(
+            [
+                self._asked.answered(prompt, [*answer.tokens, *([self._asked.end] if answer.finished else [])])
+                for prompt, answer in zip(prompts, answers, strict=True)
+            ],
+            self._e.data.seq_len,
+            self._asked.room,
+        )
+        rows = dataclasses.replace(
+            rows,
+            row_id=np.array(prompts, np.int32),
+            weight=np.where(keep, rows.weight, 0).astype(np.float32),
+            loss_mask=rows.loss_mask & keep[:, None],
+        )
+        if found is None:
+            if self._judge is not None:
+                figures |= self._judge(params, rows, text)
+            self._store(number, step, prompts, answers, figures)
+        self._block = (number, rows, text, np.array(prompts))
+        if o.alarms != "off":
+            self._alarm(number, figures)
+        return figures if began == step else {}
+
+    def columns(self, step: int) -> Columns:
+        """The fields of this step's batch, those of its rows that this process feeds."""
+        if self._block is None:
+            raise ValueError("the block of a step must be loaded before its columns are read.")
+        number, rows, text, _ = self._block
+        o, size = self._e.on_policy, self._e.train.batch_size
+        turn, place = divmod(self._own_before(step) - number * o.block * o.reuse, o.block)
+        order = np.arange(o.block * size) if turn == 0 else _rng(self._e, 3, number, turn).permutation(o.block * size)
+        index = order[place * size : (place + 1) * size][self._fed]
+        columns: Columns = {
+            name: getattr(rows, name)[index]
+            for name in ("tokens", "segment_ids", "positions", "loss_mask", "row_id", "weight")
+        }
+        columns["epoch"] = np.full(len(index), self._own_before(step), np.int32)
+        if text:
+            columns["teacher"] = {name: column[index] for name, column in text.items()}
+        return columns
+
+    def _own_before(self, step: int) -> int:
+        return int(np.sum(self._own[: step - 1]))
+
+    def _number(self, step: int) -> int:
+        return self._own_before(step) // (self._e.on_policy.block * self._e.on_policy.reuse)
+
+    def _prompts(self, number: int) -> list[int]:
+        """The prompts of a block: each epoch has all of them once, in an order of its own."""
+        size, count = self._e.on_policy.block * self._e.train.batch_size, len(self._asked.train)
+        places = range(number * size, (number + 1) * size)
+        orders = {epoch: _rng(self._e, 2, epoch).permutation(count) for epoch in {at // count for at in places}}
+        return [int(orders[at // count][at % count]) for at in places]
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"block-{number:06d}.jsonl"
+
+    def _store(
+        self, number: int, step: int, prompts: Sequence[int], answers: Sequence[Answer], figures: Mapping[str, float]
+    ) -> None:
+        head = {"block": number, "step": step, "prompts": self._asked.fingerprint, "figures": dict(figures)}
+        lines = [head] + [
+            {"id": self._asked.train[prompt].id} | dataclasses.asdict(answer)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        if jax.process_index() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self._path(number), "".join(json.dumps(line) + "\n" for line in lines))
+
+    def _read(self, number: int, step: int) -> tuple[list[Answer], dict[str, float], int] | None:
+        """What is on disk of this block; None if it was written for other prompts or a later step."""
+        head, *lines = map(json.loads, self._path(number).read_text(encoding="utf-8").splitlines())
+        if head["prompts"] != self._asked.fingerprint or head["step"] > step:
+            return None
+        fields = ("text", "tokens", "logp", "finished")
+        answers = [
+            Answer(**({name: line[name] for name in fields} | {"tokens": tuple(line["tokens"])})) for line in lines
+        ]
+        return answers, head["figures"], head["step"]
+
+    def _alarm(self, number: int, figures: Mapping[str, float]) -> None:
+        if number == 0:
+            return
+        with open(self._path(0), encoding="utf-8") as file:
+            first = json.loads(file.readline())["figures"]
+        for name, (healthy, says) in ALARMS.items():
+            if name in figures and name in first and not healthy(figures[name], first[name]):
+                text = (
+                    f"{says}: {name} was {first[name]:.3g} in the first block and is {figures[name]:.3g} in block "
+                    f"{number} ({self._path(number)})."
+                )
+                if self._e.on_policy.alarms == "stop":
+                    raise Collapse(
+                        text + " The last checkpoint stands. Lower optim.learning_rate or on_policy.fraction, or set "
+                        "on_policy.alarms='warn'."
+                    )
+                log.warning("%s Look at the answers; on_policy.alarms='stop' ends a run here.", text)
+
+
+def own_answers(built: Built, workdir: Path) -> OwnAnswers | None:
+    """The own steps of an experiment whose on_policy.fraction is not 0."""
+    e, asked = built.experiment, built.asked
+    if asked is None or e.on_policy.fraction == 0:
+        return None
+    judge = None if e.on_policy.alarms == "off" else _judge(built)
+    return OwnAnswers(e, asked, workdir, _writer(built, asked), judge, built.rules)
+
+
+def _writer(built: Built, asked: Asked) -> Writer:
+    g, e = built.experiment.generation, built.experiment
+    settings = Sampling(g.temperature, g.top_p, g.top_k, g.min_p)
+    rules, _ = share_devices(e)
+
+    def write(params: Params, prompts: Sequence[int], seed: int) -> list[Answer]:
+        dtype = DTYPES[e.student.compute_dtype]
+        model = speaker(built.student_cfg, params, built.tokenizer, rules=rules, compute_dtype=dtype)
+        unique = list(dict.fromkeys(prompts))  # a prompt that comes twice in a block has two samples
+        counts = [prompts.count(prompt) for prompt in unique]
+        found = rollouts(
+            model,
+            [asked.ids[prompt] for prompt in unique],
+            [range(count) for count in counts],
+            settings,
+            new_tokens=g.new_tokens,
+            names=[asked.train[prompt].id for prompt in unique],
+            seed=SEEDS * g.seed + seed,
+            stop=g.stop,
+            batch_size=g.batch_size,
+        )
+        made = {(unique[index], sample): completion for index, sample, completion in found}
+        taken = dict.fromkeys(unique, 0)
+        answers = []
+        for prompt in prompts:
+            one = made[prompt, taken[prompt]]
+            taken[prompt] += 1
+            answers.append(Answer(one.text, one.tokens, one.logp, one.finish == STOP))
+        return answers
+
+    return write
+
+
+def _judge(built: Built) -> Judge | None:
+    """What student and teacher say of the first rows of a block: nats a token; None without a live teacher."""
+    teacher, size = built.parts.teacher, built.experiment.train.batch_size // built.experiment.train.accumulate
+    if teacher is None:
+        return None
+    step = make_eval_step(built.parts.student, teacher, built.rules)
+
+    def judge(params: Params, rows: Rows, text: Mapping[str, np.ndarray]) -> dict[str, float]:
+        columns: Columns = next(heldout_batches(rows, size, size))
+        if text:
+            columns["teacher"] = {name: column[:size] for name, column in text.items()}
+        batch = teacher.feed(to_batch(columns, built.rules))
+        sums = {
+            name: float(np.sum(part))
+            for name, part in jax.device_get(step(params, built.teacher_params, batch)).items()
+        }
+        if not sums["count"]:
+            return {}
+        return {f"rollout_{name}": sums[name] / sums["count"] for name in ("teacher_nll", "kl")}
+
+    return judge
+
+
+def own_steps(fraction: Any, steps: int, seed: int) -> np.ndarray:
+    """bool [steps]: which steps train on the student's own answers, each with probability `fraction` of its update.
+
+    One draw a step, as in GKD (Agarwal et al., arXiv 2306.13649, algorithm 1); the draws of a longer run begin alike.
+    """
+    schedule = make_schedule(fraction, "on_policy.fraction")
+    share = np.array([float(schedule(update)) for update in range(steps)])
+    return np.random.default_rng([seed, 1]).random(steps) < share
+
+
+def _rng(e: Experiment, *purpose: int) -> np.random.Generator:
+    return np.random.default_rng([e.train.seed, *purpose])
+
+
+def _figures(answers: Sequence[Answer]) -> dict[str, float]:
+    """tokens: mean length. distinct: share of pairs of neighbours that are new in their answer. entropy: of a token."""
+    lengths = [len(answer.tokens) for answer in answers]
+    pairs = [list(zip(answer.tokens, answer.tokens[1:], strict=False)) for answer in answers]
+    count = sum(map(len, pairs))
+    figures = {
+        "rollout_tokens": float(np.mean(lengths)),
+        "rollout_truncated": float(np.mean([not answer.finished for answer in answers])),
+    }
+    if count:
+        figures["rollout_distinct"] = sum(len(set(found)) for found in pairs) / count
+    if sum(lengths):
+        figures["rollout_entropy"] = -sum(answer.logp for answer in answers) / sum(lengths)
+    return figures

@@ -1,0 +1,194 @@
+"""The student's own answers: which steps, which prompts, what is kept, and what a resumed run finds."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from kdjax.build import Asked
+from kdjax.config import Experiment
+from kdjax.data.prompts import Prompt
+from kdjax.run.own_answers import Answer, Collapse, OwnAnswers, own_steps
+
+PROMPTS = tuple(Prompt(f"p{i}", f"What is {i}?", str(i)) for i in range(5))
+
+
+def asked(seen=False):
+    ids = tuple((10 + i, 20) for i in range(5))
+    return Asked(
+        heldout=(),
+        train=PROMPTS,
+        ids=ids,
+        seen_by_teacher=tuple((1, *one) if seen else None for one in ids),
+        weight=np.array([1.0, 2.0, 0.5, 1.0, 0.5]),
+        end=2,
+        room=16 if seen else 0,
+        fingerprint="f",
+    )
+
+
+def experiment(steps=12, batch=2, **on_policy):
+    e = Experiment()
+    return dataclasses.replace(
+        e,
+        train=dataclasses.replace(e.train, steps=steps, batch_size=batch),
+        data=dataclasses.replace(e.data, seq_len=8),
+        on_policy=dataclasses.replace(e.on_policy, **({"fraction": 1.0} | on_policy)),
+    )
+
+
+class Student:
+    """Answers with the number of the prompt, as often as `length` says; remembers what it was asked."""
+
+    def __init__(self, length=3, logp=-1.0, finished=True):
+        self.length, self.logp, self.finished, self.calls = length, logp, finished, []
+
+    def __call__(self, params, prompts, seed):
+        self.calls.append((params, tuple(prompts), seed))
+        return [
+            Answer(
+                "x",
+                tuple(30 + (prompt + k) % 40 for k in range(self.length)),
+                self.logp * self.length,
+                self.finished,
+            )
+            for prompt in prompts
+        ]
+
+
+def own(tmp_path, student, seen=False, judge=None, **fields):
+    return OwnAnswers(experiment(**fields), asked(seen), tmp_path, student, judge)
+
+
+def drive(answers, steps, params="student"):
+    """The columns of the own steps, in order."""
+    found = {}
+    for step in steps:
+        if answers.takes(step):
+            if answers.due(step):
+                answers.load(step, f"{params} {step}")
+            found[step] = answers.columns(step)
+    return found
+
+
+def test_the_share_of_own_steps_is_lambda_and_a_longer_run_begins_alike():
+    drawn = own_steps(0.3, 4000, 0)
+    assert abs(drawn.mean() - 0.3) < 3 * (0.3 * 0.7 / 4000) ** 0.5
+    np.testing.assert_array_equal(drawn[:100], own_steps(0.3, 100, 0))
+    assert not np.array_equal(drawn, own_steps(0.3, 4000, 1))
+    assert own_steps(1.0, 50, 0).all()
+    assert not own_steps(0.0, 50, 0).any()
+    np.testing.assert_array_equal(own_steps(("step", 0.0, 1.0, 6.0), 12, 0), np.arange(12) >= 6)
+
+
+def test_every_epoch_asks_every_prompt_once(tmp_path):
+    student = Student()
+    drive(own(tmp_path, student, steps=10), range(1, 11))
+    order = [prompt for _, prompts, _ in student.calls for prompt in prompts]
+    assert len(order) == 20
+    for epoch in range(4):
+        assert sorted(order[5 * epoch : 5 * epoch + 5]) == list(range(5))
+    assert len({seed for *_, seed in student.calls}) == 10  # other draws every time
+
+
+def test_a_row_is_prompt_answer_and_end(tmp_path):
+    student = Student()
+    columns = drive(own(tmp_path, student, seen=True), [1])[1]
+    for row, prompt in enumerate(student.calls[0][1]):
+        answer = [30 + prompt, 31 + prompt, 32 + prompt]
+        assert columns["tokens"][row].tolist() == [10 + prompt, 20, *answer, 2, 0, 0]
+        assert columns["loss_mask"][row].tolist() == [False] * 2 + [True] * 4 + [False] * 2
+        assert columns["row_id"][row] == prompt
+        assert columns["weight"][row] == asked().weight[prompt]
+        assert columns["teacher"]["tokens"][row][:7].tolist() == [1, 10 + prompt, 20, *answer, 2]
+
+
+def test_truncated_answers_have_no_end_and_may_be_dropped(tmp_path):
+    kept = drive(own(tmp_path / "a", Student(finished=False)), [1])[1]
+    assert 2 not in kept["tokens"]
+    assert kept["loss_mask"].sum() == 6
+    dropped = drive(own(tmp_path / "b", Student(finished=False), truncated="drop"), [1])[1]
+    assert not dropped["weight"].any()
+    assert not dropped["loss_mask"].any()
+    empty = drive(own(tmp_path / "c", Student(length=0)), [1])[1]
+    assert not empty["weight"].any()
+
+
+def test_a_block_is_written_once_and_used_as_often_as_asked(tmp_path):
+    student = Student()
+    columns = drive(own(tmp_path, student, block=2, reuse=3), range(1, 13))
+    assert [params for params, *_ in student.calls] == ["student 1", "student 7"]
+    for first in (1, 7):
+        prompts = sorted(student.calls[first // 6][1])
+        for turn in range(3):
+            steps = (first + 2 * turn, first + 2 * turn + 1)
+            assert sorted(id for step in steps for id in columns[step]["row_id"]) == prompts
+    epochs = [tuple(columns[step]["epoch"]) for step in range(1, 13)]
+    assert len(set(epochs)) == 12  # other random positions every time
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5, 8])
+def test_a_resumed_run_has_the_same_batches_and_asks_nothing_twice(tmp_path, stop):
+    fields = {"steps": 10, "fraction": 0.7, "block": 2, "reuse": 2}
+    calm = Student()
+    whole = drive(own(tmp_path / "calm", calm, **fields), range(1, 11))
+    hurt = Student()
+    first = drive(own(tmp_path / "hurt", hurt, **fields), range(1, stop + 1))
+    # the kill came two steps after the last checkpoint
+    rest = drive(own(tmp_path / "hurt", hurt, **fields), range(max(1, stop - 1), 11))
+    assert hurt.calls == calm.calls
+    for step, columns in (first | rest).items():
+        jax.tree.map(np.testing.assert_array_equal, columns, whole[step])
+    assert (first | rest).keys() == whole.keys()
+
+
+def test_steps_on_other_text_are_counted(tmp_path):
+    answers = own(tmp_path, Student(), steps=50, fraction=0.5)
+    taken = [answers.takes(step) for step in range(1, 51)]
+    assert answers.others_before(0) == 0
+    for step in range(51):
+        assert answers.others_before(step) == sum(not own for own in taken[:step])
+
+
+def test_figures_of_a_block(tmp_path):
+    answers = own(tmp_path, Student(length=4, logp=-0.5), judge=lambda params, rows, text: {"rollout_teacher_nll": 3.0})
+    figures = answers.load(1, None)
+    assert figures == {
+        "rollout_tokens": 4.0,
+        "rollout_truncated": 0.0,
+        "rollout_distinct": 1.0,
+        "rollout_entropy": 0.5,
+        "rollout_teacher_nll": 3.0,
+    }
+    again = own(tmp_path, Student(), judge=None)
+    assert again.load(1, None) == figures  # from disk
+
+
+def repeating(length):
+    return lambda params, prompts, seed: [Answer("x", (7,) * length, -1.0 * length, True) for _ in prompts]
+
+
+@pytest.mark.parametrize(
+    ("later", "judged", "says"),
+    [
+        (Student(length=1), 1.0, "four times shorter"),
+        (Student(length=4, finished=False), 1.0, "no longer end by themselves"),
+        (repeating(5), 1.0, "repeat the same pairs"),
+        (Student(length=4, logp=-0.001), 1.0, "stopped to vary"),
+        (Student(length=4), 4.0, "gives these answers little mass"),
+    ],
+)
+def test_a_collapse_is_said_and_can_stop_the_run(tmp_path, caplog, later, judged, says):
+    own(tmp_path, Student(length=5), judge=lambda *_: {"rollout_teacher_nll": 1.0}).load(1, None)
+    judge = lambda *_: {"rollout_teacher_nll": judged}  # noqa: E731
+    with caplog.at_level("WARNING", logger="kdjax"):
+        own(tmp_path, later, judge=judge).load(2, None)
+    assert [says in record.getMessage() for record in caplog.records] == [True]
+    with pytest.raises(Collapse, match=says):
+        own(tmp_path, later, judge=judge, alarms="stop").load(2, None)
+    caplog.clear()
+    own(tmp_path, later, judge=judge, alarms="off").load(2, None)
+    own(tmp_path / "healthy", Student(), judge=judge).load(1, None)
+    own(tmp_path / "healthy", Student(), judge=judge, alarms="stop").load(2, None)
+    assert not caplog.records
