@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Message = Mapping[str, str]
 NARROWEST = 32  # tokens; the least to which prompts are padded
 CHUNK = 16  # tokens between two looks at the texts
+PROMPTS_A_ROW = 4  # measured on CPU with SmolLM2-135M: prompts and answers of 64 tokens, 8 rows
 STOP, LENGTH = "stop", "length"
 
 
@@ -112,6 +113,20 @@ def padded_width(length: int) -> int:
     return width
 
 
+def samples_at_once(counts: Sequence[int], batch_size: int) -> int:
+    """How many samples of a prompt share a reading of it: at most batch_size, so that the whole costs least.
+
+    counts: samples of each prompt. A prompt with fewer leaves rows empty, one with more is read again; a row is taken
+    to cost as much as reading PROMPTS_A_ROW prompts.
+    """
+
+    def cost(each: int) -> int:
+        units = sum(-(-count // each) for count in counts)
+        return units * (PROMPTS_A_ROW * each + 1)
+
+    return min(range(min(max(counts, default=1), batch_size), 0, -1), key=cost, default=1)
+
+
 def rollouts(
     speaker: Speaker,
     prompts: Sequence[Sequence[int]],
@@ -135,10 +150,7 @@ def rollouts(
     names = [str(index) for index in range(len(prompts))] if names is None else names
     numbers = [range(samples)] * len(prompts) if isinstance(samples, int) else samples
     _check(prompts, speaker.cfg, new_tokens)
-    most = max((len(wanted) for wanted in numbers), default=0)
-    if not most:
-        return
-    each = min(most, batch_size)
+    each = samples_at_once([len(wanted) for wanted in numbers], batch_size)
     shards = speaker.rules.batch_shards
     count = -(-max(1, batch_size // each) // shards) * shards
     how = How(settings, new_tokens, speaker.ends, speaker.vocab_size, speaker.compute_dtype, speaker.rules)

@@ -242,6 +242,21 @@ def test_widths():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("counts", "batch_size", "each"),
+    [
+        ([8] * 100 + [3], 16, 8),  # a run that was broken off in the middle of a prompt
+        ([1] * 14 + [2], 16, 1),  # on-policy: hardly any prompt twice
+        ([64], 16, 16),
+        ([12] * 5, 8, 6),  # two readings of 6 and not 8 + 4
+        ([0, 0], 8, 1),
+        ([], 8, 1),
+    ],
+)
+def test_samples_that_share_a_reading(counts, batch_size, each):
+    assert batching.samples_at_once(counts, batch_size) == each
+
+
 def test_prompt_without_tokens_is_an_error(model):
     with pytest.raises(ValueError, match=r"prompts\[1\] must have at least one token, got none. Add some text"):
         list(rollouts(model, [[1], []], 1, GREEDY, new_tokens=NEW))
