@@ -26,6 +26,7 @@ from kdjax.build import Built, samples_basis
 from kdjax.checkpoint import Checkpoints, abstract_like, agreed, config_difference, require_same, require_shared
 from kdjax.config import Experiment, fingerprint, trajectory
 from kdjax.curation import Scorer, keep, load_samples, make_scorer, overlap, positions_of, write_samples
+from kdjax.curation.batches import weigh_batch
 from kdjax.data import Rows, as_batch, fed_places, on_mesh, take, train_iterator
 from kdjax.data.pipeline import Columns
 from kdjax.evals.evaluation import Evaluation
@@ -180,13 +181,15 @@ class RowChoice:
             start=step - phase * self._every if self._own is None else self._own.others_before(step),
             fed=fed_places(self._built.rules, e.train.batch_size, e.train.accumulate),
             teacher=self._teacher(),
+            choose=None if self._built.text is None else self._built.text.choose,
+            weigh=weigh_batch(e.pass_rates),
         )
 
     def _teacher(self) -> Any:
         """What reads the teacher's columns of a batch."""
         if self._built.cache is not None:
             return self._built.cache.columns
-        text = self._built.teacher_text
+        text = {} if self._built.text is None else self._built.text.teacher
         return (lambda ids, *_: {name: column[ids] for name, column in text.items()}) if text else None
 
     def _rows(self, phase: int) -> Rows:

@@ -77,7 +77,7 @@ def feed_of(model: LanguageModel | None) -> Callable[[Batch], Batch]:
 
 @dataclasses.dataclass(frozen=True)
 class StepParts:
-    """All that `make_train_step` composes; built in build.py.
+    """All that `make_train_step` composes; built in kdjax/build.
 
     classes: None = the student sees the teacher's whole distribution. cached: it is in `batch.teacher`, and there is no
     teacher; signals may read what of it the cache knows.
@@ -118,7 +118,7 @@ def make_train_step(parts: StepParts) -> Callable[[TrainState, Params, Batch], t
     """The step, to be jitted with the state donated. Batch arrays have a leading axis of micro-batches: [A, B, ...].
 
     A step whose loss or gradient is not finite leaves parameters, optimiser and policy as they were; the report says so
-    and the loop stops. A batch without any slot has loss 0 and gradient 0.
+    and the loop stops. A batch without any slot, or of weight 0, has loss 0 and gradient 0: the optimiser rests.
     """
     supervise = make_supervise(parts)
 
@@ -161,8 +161,10 @@ def _update(
     updates, opt_state = parts.optimiser.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     finite = jnp.isfinite(output.total) & jnp.isfinite(norm)
+    learns = finite & (norm > 0)  # without a gradient decay and moments must not act either
     new = TrainState(step=state.step, params=params, opt_state=opt_state, policy_state=policy_state, key=state.key)
-    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    kept = jax.tree.map(lambda a, b: jnp.where(learns, a, b), new, state)
+    policy_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new.policy_state, state.policy_state)
     one = jnp.ones((), jnp.float32)
     metrics = {
         **output.metrics,
@@ -170,7 +172,7 @@ def _update(
         "grad_norm": (norm, one),
         "learning_rate": (jnp.asarray(parts.learning_rate(state.step), jnp.float32), one),
     }
-    return dataclasses.replace(kept, step=state.step + 1), metrics
+    return dataclasses.replace(kept, step=state.step + 1, policy_state=policy_state), metrics
 
 
 def make_supervise(parts: StepParts) -> Callable[[Params, Params, Batch, Any, Array, Array], Supervised]:

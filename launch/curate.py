@@ -103,6 +103,7 @@ def weigh_prompts(experiment: "Experiment", workdir: Path) -> None:
     from kdjax.curation import chain, paced
     from kdjax.curation.pass_rates import load_pass_rates
     from kdjax.data.prompts import load_prompts, split_prompts
+    from kdjax.verifiers import check_prompts
 
     e = experiment
     if flags.FLAGS.snr and not e.prompts.answers:
@@ -111,7 +112,9 @@ def weigh_prompts(experiment: "Experiment", workdir: Path) -> None:
     added = [load_pass_rates(Path(name)) for name in flags.FLAGS.add]
     earlier = [load_pass_rates(Path(name)) for name in flags.FLAGS.earlier]
     loop.claim_workdir(workdir, e)
-    answer(e, prompts, workdir / chain.ROLLOUTS)
+    check_prompts(prompts, e.prompts.verifier)
+    rollouts = chain.rollouts_of(workdir, e.pass_rates)
+    answer(e, prompts, rollouts)
     found = chain.curate(workdir, prompts, e.prompts.verifier, e.pass_rates, added=added, earlier=earlier)
     print("\n".join(paced.table(found.weights.summary)))
     for note in found.notes:
@@ -123,7 +126,7 @@ def weigh_prompts(experiment: "Experiment", workdir: Path) -> None:
     )
     if flags.FLAGS.snr:
         measure(e, workdir, found)
-    print(f"files: {workdir / 'weights.jsonl'}, pass_rates.jsonl, verified.jsonl and {chain.ROLLOUTS}/ beside it")
+    print(f"files: {workdir / 'weights.jsonl'}, pass_rates.jsonl, verified.jsonl beside it; answers: {rollouts}")
     print(f"next: {shlex.join(['python', '-m', 'launch.train', *_shared(sys.argv[1:])])}")
 
 
@@ -131,14 +134,8 @@ def answer(e: "Experiment", prompts: "list[Prompt]", folder: Path) -> None:
     """The untrained student's answers to the prompts in `folder`: those that are missing."""
     from kdjax import offline
     from kdjax.build import build
-    from kdjax.config import OnPolicy, Teacher
 
-    # Answers that are trained on may not be there yet, and the teacher has nothing to say here.
-    alone = dataclasses.replace(e, prompts=dataclasses.replace(e.prompts, answers=""), on_policy=OnPolicy())
-    if e.student.init.kind != "cut":
-        data = dataclasses.replace(e.data, tokenizer=e.data.tokenizer or e.teacher.path)
-        alone = dataclasses.replace(alone, teacher=Teacher(), data=data)
-    built = build(alone)
+    built = build(offline.to_answer(e))
     command = shlex.join(["python", "-m", "launch.curate", *sys.argv[1:]])
     student = offline.student_answers(built, prompts, e)
     offline.write_answers(folder, prompts, e.generation.samples, student, e, command)
@@ -180,7 +177,7 @@ def measure(e: "Experiment", workdir: Path, curated: "Curated") -> None:
         built.student_params,
         built.teacher_params,
         take(built.train, np.array(every)),
-        text=built.teacher_text,
+        text={} if built.text is None else built.text.teacher,
         on_row=on_row,
     )
     progress.close()

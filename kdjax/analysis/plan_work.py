@@ -73,7 +73,7 @@ class Flops:
 def describe(e: Experiment, student: Side, teacher: Side | None, chooser: Any, objective: Any, platform: str) -> Work:
     """The work of an experiment's step. student, teacher: with shards; passes and products are filled in here.
 
-    chooser, objective: as build.py makes them. platform: "tpu" or "gpu", whose kernels run if mesh.kernels is "auto".
+    chooser, objective: as kdjax/build makes them. platform: "tpu" or "gpu", whose kernels run with mesh.kernels="auto".
     """
     kept = {"teacher_entropy": e.cache.entropy, "teacher_ce": e.cache.label_logp} if teacher is None else {}
     needs = [name for name in chooser.needs if not kept.get(name)]

@@ -2,17 +2,15 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kdjax import config as schema
 from kdjax import models, registry
-from kdjax.build.asked import Asked, training_text
+from kdjax.build.asked import Asked, TrainingText, training_text
 from kdjax.build.checks import check_cached, check_ids, check_paths, check_rows, check_tokenizers
 from kdjax.build.parts import (
     DTYPES,
@@ -64,8 +62,7 @@ class Built:
     teacher: None if there is none, or if a cache speaks for it. student_params: the initial float32 masters;
     student_source: what they are. train: the rows to train on, those of data.train that the sample axis keeps. cache:
     what teacher.source = "cache" reads. vocab_size: the columns that student and teacher have in common. teacher_head:
-    what the step sees of a teacher on devices of its own. asked: the prompts, if answers to them are trained on.
-    teacher_text: columns of `types.TeacherText` by row_id, {} = the teacher reads what the student reads.
+    what the step sees of a teacher on devices of its own. text: what `data.train` is made of.
     """
 
     experiment: Experiment
@@ -81,8 +78,12 @@ class Built:
     vocab_size: int
     cache: CacheReader | None = None
     teacher_head: Params | None = None
-    asked: Asked | None = None
-    teacher_text: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    text: TrainingText | None = None
+
+    @property
+    def asked(self) -> Asked | None:
+        """The prompts, if answers to them are trained on."""
+        return None if self.text is None else self.text.asked
 
     @property
     def teacher_params(self) -> Params:
@@ -105,7 +106,8 @@ def build(experiment: Experiment, workdir: Path | None = None, *, live_teacher: 
     check_paths(experiment)
     named_parts(experiment)
     tokenizer = _load_tokenizer(experiment)
-    data, asked, text = training_text(e, load_data(experiment.data, tokenizer), tokenizer, workdir)
+    text = training_text(e, load_data(experiment.data, tokenizer), tokenizer, workdir)
+    data = text.data
     cached = experiment.teacher.source == "cache" and not live_teacher
     teacher = None if cached else _load_teacher(experiment, of_teacher)
     teacher_cfg = _teacher_config(experiment, teacher)
@@ -120,7 +122,7 @@ def build(experiment: Experiment, workdir: Path | None = None, *, live_teacher: 
     built = Built(experiment, parts.rules, parts, teacher, cfg, params, source, tokenizer, data, data.train, vocab)
     if experiment.teacher.devices and teacher is not None:
         built = _teacher_apart(built, teacher, of_teacher)
-    built = dataclasses.replace(built, asked=asked, teacher_text=text)
+    built = dataclasses.replace(built, text=text)
     if workdir is None:
         return built
     if experiment.samples.fraction < 1:

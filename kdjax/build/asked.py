@@ -2,14 +2,15 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kdjax.config import Experiment
-from kdjax.curation.paced import load_weights
+from kdjax.curation.batches import choose_rows, easiest_first
+from kdjax.curation.paced import load_weights, training_weights
 from kdjax.data import LoadedData, Rows
 from kdjax.data.prompts import Prompt, fingerprint, load_prompts, messages, split_prompts
 from kdjax.data.responses import Answered, answer_rows, end_of_answer, prompt_ids, room_for_teacher
@@ -23,7 +24,9 @@ class Asked:
     """The prompts of an experiment, encoded.
 
     heldout: to evaluate on. train: those with a weight above 0; ids, seen_by_teacher (None = the same) and weight are
-    of these, in this order. end: the id that ends an answer. room: how much longer the teacher's rows are.
+    of these, in this order; rank: with a curriculum the place of each, the easiest first. end: the id that ends an
+    answer. room: how much longer the teacher's rows are. weighs: whether rows have these weights in the loss; else they
+    are drawn by them.
     """
 
     heldout: tuple[Prompt, ...]
@@ -31,13 +34,21 @@ class Asked:
     ids: tuple[tuple[int, ...], ...]
     seen_by_teacher: tuple[tuple[int, ...] | None, ...]
     weight: np.ndarray
+    rank: np.ndarray | None
     end: int
     room: int
     fingerprint: str
+    weighs: bool = True
 
     def answered(self, number: int, answer: Sequence[int]) -> Answered:
         """The row to be of an answer to train[number]."""
-        return Answered(self.ids[number], tuple(answer), float(self.weight[number]), self.seen_by_teacher[number])
+        weight = float(self.weight[number]) if self.weighs else 1.0
+        return Answered(self.ids[number], tuple(answer), weight, self.seen_by_teacher[number])
+
+    def choice(self, e: Experiment, prompts: np.ndarray, steps: int) -> Callable[[int], np.ndarray] | None:
+        """`curation.paced.choose_rows` for rows that answer these prompts, of batches for `steps` steps."""
+        rank = None if self.rank is None else self.rank[prompts]
+        return choose_rows(self.weight[prompts], rank, e.pass_rates, e.train.batch_size, e.train.seed, steps)
 
 
 def load_asked(e: Experiment, tokenizer: Any, workdir: Path | None) -> Asked:
@@ -48,56 +59,83 @@ def load_asked(e: Experiment, tokenizer: Any, workdir: Path | None) -> Asked:
     """
     every = load_prompts(e.prompts)
     heldout, train = split_prompts(every, e.prompts)
-    weight = _weights(e, train, workdir)
+    weight, rank = _weights(e, train, workdir)
     kept = [number for number in range(len(train)) if weight[number] > 0]
     train, weight = [train[number] for number in kept], weight[kept]
+    rank = None if rank is None else rank[kept]
     ids = [tuple(_encode(e, prompt, tokenizer)) for prompt in train]
     _check_room(e, train, ids)
     seen = tuple(_privileged(e, prompt, tokenizer) for prompt in train)
     room = room_for_teacher([Answered(a, (), 1.0, b) for a, b in zip(ids, seen, strict=True)])
     end = end_of_answer(tokenizer, chat_template=e.data.chat_template)
-    return Asked(tuple(heldout), tuple(train), tuple(ids), seen, weight, end, room, fingerprint(every))
+    return Asked(
+        tuple(heldout),
+        tuple(train),
+        tuple(ids),
+        seen,
+        weight,
+        rank,
+        end,
+        room,
+        fingerprint(every),
+        e.pass_rates.normalise != "sample",
+    )
 
 
-def training_text(
-    e: Experiment, data: LoadedData, tokenizer: Any, workdir: Path | None
-) -> tuple[LoadedData, Asked | None, dict[str, np.ndarray]]:
-    """(data, prompts, teacher's text): with prompts.answers the train rows are these, else those of the corpus.
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainingText:
+    """What is trained on: with prompts.answers `data.train` has these answers, else the rows of the corpus.
 
-    prompts: None if no answers are trained on. teacher's text: columns of `types.TeacherText`, by row_id.
+    asked: the prompts, None if no answers are trained on. teacher: columns of `types.TeacherText` by row_id, {} = the
+    teacher reads the rows. choose: (batch number) -> its rows; None = all in turn.
     """
+
+    data: LoadedData
+    asked: Asked | None = None
+    teacher: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    choose: Callable[[int], np.ndarray] | None = None
+
+
+def training_text(e: Experiment, data: LoadedData, tokenizer: Any, workdir: Path | None) -> TrainingText:
+    """The training text of an experiment whose corpus is `data`. Raises ValueError as `load_asked` does."""
     if not e.prompts.answers and e.on_policy.fraction == 0:
-        return data, None, {}
+        return TrainingText(data)
     asked = load_asked(e, tokenizer, workdir)
-    rows, text = (data.train, {}) if not e.prompts.answers else rows_of_answers(e, asked, tokenizer)
+    rows, text, choose = data.train, dict[str, np.ndarray](), None
+    if e.prompts.answers:
+        rows, text, numbers = rows_of_answers(e, asked, tokenizer)
+        choose = asked.choice(e, numbers, e.train.steps)
     digest = hashlib.sha256(f"{data.fingerprint} {asked.fingerprint} {asked.weight.tobytes().hex()}".encode())
     digest.update(rows.row_hash.astype("<u8").tobytes())
-    return dataclasses.replace(data, train=rows, fingerprint=digest.hexdigest()), asked, text
+    return TrainingText(dataclasses.replace(data, train=rows, fingerprint=digest.hexdigest()), asked, text, choose)
 
 
-def rows_of_answers(e: Experiment, asked: Asked, tokenizer: Any) -> tuple[Rows, dict[str, np.ndarray]]:
-    """The rows of `prompts.answers`, and what the teacher reads in their place ({} = the same).
+def rows_of_answers(e: Experiment, asked: Asked, tokenizer: Any) -> tuple[Rows, dict[str, np.ndarray], np.ndarray]:
+    """The rows of `prompts.answers`, what the teacher reads in their place ({} = the same), the prompt of each row.
 
     gold: the gold answer of every prompt. Otherwise a directory of launch.generate: all answers in it to the train
     prompts but those that failed; one that was cut off has no end. Raises ValueError if there is no answer.
     """
-    made = []
+    made: list[Answered] = []
+    numbers: list[int] = []
     if e.prompts.answers == GOLD:
         for number, prompt in enumerate(asked.train):
             if prompt.answer:
                 made.append(asked.answered(number, [*_plain_ids(tokenizer, prompt.answer), asked.end]))
+                numbers.append(number)
     else:
         number_of = {prompt.id: number for number, prompt in enumerate(asked.train)}
         for rollout in read_rollouts(e.prompts.answers):
             if rollout.finish != FAILED and rollout.response and rollout.id in number_of:
                 end = [] if rollout.finish == LENGTH else [asked.end]
                 made.append(asked.answered(number_of[rollout.id], [*_plain_ids(tokenizer, rollout.response), *end]))
+                numbers.append(number_of[rollout.id])
     if not made:
         raise ValueError(
             f"prompts.answers must hold answers to the train prompts, got {e.prompts.answers!r} with none. Run "
             "launch.generate for these prompts first, or set it to 'gold'."
         )
-    return answer_rows(made, e.data.seq_len, asked.room)
+    return *answer_rows(made, e.data.seq_len, asked.room), np.array(numbers)
 
 
 def _plain_ids(tokenizer: Any, text: str) -> list[int]:
@@ -108,17 +146,20 @@ def _encode(e: Experiment, prompt: Prompt, tokenizer: Any) -> list[int]:
     return prompt_ids(prompt, tokenizer, chat_template=e.data.chat_template, system_prompt=e.data.system_prompt)
 
 
-def _weights(e: Experiment, train: Sequence[Prompt], workdir: Path | None) -> np.ndarray:
+def _weights(e: Experiment, train: Sequence[Prompt], workdir: Path | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """(weights, ranks of a curriculum) of the prompts."""
     if e.pass_rates.weight == "uniform" or workdir is None:
-        return np.ones(len(train), np.float64)
-    by_id = load_weights(workdir).by_id()
-    found = np.array([by_id.get(prompt.id, 0.0) for prompt in train], np.float64)
-    if not found.any():
-        raise ValueError(
-            f"--workdir must hold weights of the prompts of prompts.path, got weights.jsonl in {str(workdir)!r} with "
-            "none of them above 0. Run launch.curate again."
-        )
-    return found * (found > 0).sum() / found.sum()  # mean 1 over what is trained on
+        return np.ones(len(train), np.float64), None
+    names = [prompt.id for prompt in train]
+    weight = training_weights(workdir, names, e.pass_rates)
+    if e.pass_rates.weight != "curriculum":
+        return weight, None
+    found = load_weights(workdir, e.pass_rates)
+    place = {name: number for number, name in enumerate(found.ids)}
+    rates = [np.array([column[place[name]] for name in names], np.float64) for column in (found.right, found.tried)]
+    rank = np.empty(len(names), np.int64)
+    rank[easiest_first(*rates)] = np.arange(len(names))
+    return weight, rank
 
 
 def _check_room(e: Experiment, train: Sequence[Prompt], ids: Sequence[tuple[int, ...]]) -> None:

@@ -2,7 +2,7 @@
 
 `configs/*.py` start from `default_config()`, change fields and return a locked ConfigDict; command-line flags override
 them (`--config.train.steps=200`); `from_config_dict` checks everything once and gives the frozen form that the code
-uses. This package imports no component: names are resolved in `build.py`.
+uses. This package imports no component: names are resolved in `kdjax/build`.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ class OnPolicy:
 class PassRates:
     """How often the student is right, and what that makes of a prompt (`kdjax/curation/paced.py`)."""
 
-    weight: str = "uniform"  # paced | bayes | uniform | hard_filter | easy | hard | variance | shuffled
+    weight: str = "uniform"  # uniform | paced | bayes | hard_filter | easy | hard | variance | shuffled | curriculum
     alpha: float = 1.0  # paced, bayes: exponent of the pass rate
     beta: float = 1.0  # paced, bayes: exponent of the failure rate
     normalise: str = "dataset_mean"  # none | dataset_mean | batch_mean | sample

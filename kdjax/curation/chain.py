@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,13 @@ def curate(
     added: Sequence[PassRates] = (),
     earlier: Sequence[PassRates] = (),
 ) -> Curated:
-    """The stages after the rollouts, from <workdir>/rollouts; all files are written to `workdir`.
+    """The stages after the rollouts, which are in `rollouts_of`; all files are written to `workdir`.
 
     prompts: those whose weights are wanted. added: pass rates of other seeds, see `merge`. earlier: pass rates of the
     student as it was, oldest first, for estimators that look at several rounds. Raises ValueError for prompts without
     answers, an unknown verifier, and as `weigh` does.
     """
-    rollouts, depends = _answers(workdir, prompts)
+    rollouts, depends = _answers(rollouts_of(workdir, settings), prompts)
     notes = _failures(rollouts)
     basis = basis_of(depends, prompts, default_verifier)
     checked = verify(workdir, prompts, rollouts, basis, default_verifier)
@@ -65,6 +66,11 @@ def curate(
     write_weights(workdir, weights, {"pass_rates": manifest["sha256"], "settings": dataclasses.asdict(settings)})
     tokens = sum(len(rollout.tokens or ()) for rollout in rollouts)
     return Curated(rates, weights, manifest["sha256"], tokens, (*notes, *weights.notes))
+
+
+def rollouts_of(workdir: Path, settings: config.PassRates) -> Path:
+    """Where the answers are: pass_rates.rollouts, or the workdir's own."""
+    return Path(os.path.normpath(workdir / (settings.rollouts or ROLLOUTS)))
 
 
 def verify(
@@ -149,9 +155,8 @@ def _known(path: Path, manifest: Path, basis: Mapping[str, Any]) -> dict[tuple[s
     return {(line["id"], line["sample"], line["of"]): line["verdict"] for line in read_lines(path)}
 
 
-def _answers(workdir: Path, prompts: Sequence[Prompt]) -> tuple[list[Rollout], Mapping[str, Any]]:
+def _answers(folder: Path, prompts: Sequence[Prompt]) -> tuple[list[Rollout], Mapping[str, Any]]:
     """The rollouts of these prompts and what they depend on."""
-    folder = workdir / ROLLOUTS
     depends = read_manifest(folder)["depends"]
     wanted = {prompt.id for prompt in prompts}
     rollouts = [rollout for rollout in read_rollouts(folder) if rollout.id in wanted]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from kdjax import config, registry
 from kdjax.curation.pass_rates import PassRates, differences, estimate, read_lines, write_lines
@@ -142,6 +142,7 @@ WEIGHTS: dict[str, Callable[[Counts, Counts, config.PassRates], Counts]] = {
     "paced": paced,
     "bayes": bayes,
     "uniform": uniform,
+    "curriculum": uniform,  # but the easiest first, see `choose_rows`
     "hard_filter": hard_filter,
     "easy": easy,
     "hard": hard,
@@ -202,43 +203,12 @@ def mean_one(weights: Counts, among: np.ndarray | None = None) -> Counts:
     return weights / np.mean(weights if among is None else weights[among])
 
 
-def batch_mean(weights: Float[np.ndarray, "B"], real: np.ndarray) -> Float[np.ndarray, "B"]:
-    """weights / their mean over the rows of a batch that are `real` (bool [B]), of all devices and micro-batches.
-
-    0 for rows that only fill the batch, and for all if no weight is positive.
-    """
-    kept = np.where(real, weights, 0.0)
-    total = kept.sum()
-    return kept * (real.sum() / total) if total > 0 else kept
-
-
-def draw(weights: Counts, size: int, seed: int) -> Int[np.ndarray, "S"]:
-    """int64 [size]: indices drawn with replacement in proportion to the weights, for rows that then weigh 1 each.
-
-    The expected gradient is that of `mean_one`; no forward pass is spent on a small weight.
-    """
-    return np.random.default_rng(seed).choice(len(weights), size, p=weights / weights.sum())
-
-
 def shuffled(weights: Counts, ids: Sequence[str], seed: int) -> Counts:
     """The same weights on other problems, by a permutation that depends on the seed and the ids, not on their order."""
     by_name = np.argsort(np.array(ids), kind="stable")
     found = np.empty_like(weights)
     found[by_name] = weights[by_name][np.random.default_rng(seed).permutation(len(ids))]
     return found
-
-
-# --- the curriculum: weight 1, the easiest first
-
-
-def easiest_first(a: Counts, n: Counts) -> Int[np.ndarray, "N"]:
-    """int64 [N]: indices by descending a / n, in order of the problems among equals; unmeasured ones (n = 0) last."""
-    return np.argsort(-np.where(n > 0, a / np.maximum(n, 1), -1.0), kind="stable")
-
-
-def paced_fraction(step: int, total: int, first: float = 0.3) -> float:
-    """min(1, first + (1 - first) step / (total / 2)): the share of the easiest problems that a step draws from."""
-    return min(1.0, first + (1 - first) * step / (0.5 * total))
 
 
 # --- what it comes to
@@ -316,8 +286,9 @@ def table(summary: Mapping[str, Any]) -> list[str]:
     answers = summary["answers"]
     lines += [
         f"kept {summary['kept']} of {summary['problems']} problems ({summary['kept_fraction']:.1%}): "
-        f"{summary['never_solved']} are never solved, {summary['always_solved']} always; weight "
-        f"{summary['weight']!r}, normalise {summary['normalise']!r} ({summary['mean_over']}), estimator {summary['estimator']!r}",
+        f"{summary['never_solved']} are never solved, {summary['always_solved']} always",
+        f"weight {summary['weight']!r} of the estimator {summary['estimator']!r}, normalise {summary['normalise']!r} "
+        f"(mean over: {summary['mean_over']})",
         f"effective sample {summary['effective_sample']:.1%} of the judged problems; "
         f"{answers['right']:,} of {answers['tried']:,} judged answers are right, {answers['undecided']:,} undecided, "
         f"{answers['truncated']:,} truncated",

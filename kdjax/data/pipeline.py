@@ -37,6 +37,8 @@ def train_iterator(
     start: int = 0,
     fed: np.ndarray | None = None,
     teacher: TeacherColumns | None = None,
+    choose: Callable[[int], np.ndarray] | None = None,
+    weigh: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> grain.DatasetIterator[Columns]:
     """Batches without end; every epoch holds each row once, in a new order that depends on `seed` and `phase` alone.
 
@@ -44,7 +46,8 @@ def train_iterator(
     already; it is all that a resumed run needs to know. fed: the places in the global batch whose rows are wanted here
     (`fed_places`), None = all; which row has which place depends on neither processes nor devices. phase: counts the
     choices of rows. teacher: reads what a cache holds for the rows; it runs, like the rest, in threads ahead of the
-    step.
+    step. choose: (number of the batch, from 0) -> its rows, instead of all of them in turn. weigh: weights of the rows
+    of a whole batch -> those that they have in it.
     """
     import grain
 
@@ -59,9 +62,19 @@ def train_iterator(
     order = grain.MapDataset.range(len(rows)).shuffle(seed=int.from_bytes(digest, "little")).repeat(None)
 
     def batch(step: int) -> Columns:
-        wanted = step * batch_size + places
-        index = np.array([order[int(at)] for at in wanted])
-        columns = _columns(rows, index, wanted // len(rows))
+        if choose is None:
+            wanted = step * batch_size + (np.arange(batch_size) if weigh else places)
+            index = np.array([order[int(at)] for at in wanted])
+            epoch = wanted // len(rows)
+        else:
+            index = choose(step)
+            epoch = np.full(batch_size, step)
+        if weigh is not None or choose is not None:
+            weight = rows.weight[index] if weigh is None else weigh(rows.weight[index])
+            index, epoch, weight = index[places], epoch[places], weight[places]
+        else:
+            weight = rows.weight[index]
+        columns = _columns(rows, index, epoch) | {"weight": weight.astype(np.float32)}
         if teacher is not None:
             part = take(rows, index)
             columns["teacher"] = teacher(part.row_id, part.row_hash, eligible(part))

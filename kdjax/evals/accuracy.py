@@ -6,9 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from kdjax import registry
-from kdjax.data.prompts import Prompt
-from kdjax.verifiers import VERIFIERS, Finding, Verdict
+from kdjax.verifiers import Finding, Verdict
 
 Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
@@ -23,17 +21,6 @@ class Accuracy:
     value: float
     low: float
     high: float
-
-
-def verify(prompt: Prompt, response: str, default: str = "") -> Finding:
-    """What the prompt's verifier, or `default`, says of a response. Raises ValueError if neither is known."""
-    name = prompt.verifier or default
-    if not name:
-        raise ValueError(
-            f"prompts.verifier must name a verifier, got ''; the prompt {prompt.id!r} names none. Set it to one of "
-            f"{', '.join(VERIFIERS)}."
-        )
-    return registry.lookup(VERIFIERS, name, "prompts.verifier")(response, prompt)
 
 
 def accuracy(findings: Sequence[Finding]) -> Accuracy:

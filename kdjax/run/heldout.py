@@ -4,9 +4,9 @@ import dataclasses
 
 from kdjax.build import DTYPES, Built
 from kdjax.data import heldout_batches, to_batch
-from kdjax.data.prompts import load_prompts, split_prompts
+from kdjax.data.prompts import Prompt, load_prompts, split_prompts
 from kdjax.data.responses import prompt_ids
-from kdjax.evals.accuracy import Accuracy, accuracy, verify
+from kdjax.evals.accuracy import Accuracy, accuracy
 from kdjax.evals.evaluation import Evaluation
 from kdjax.evals.heldout import evaluate, make_eval_step
 from kdjax.generation.batching import rollouts, speaker
@@ -14,6 +14,7 @@ from kdjax.generation.sampling import Sampling
 from kdjax.step import feed_of
 from kdjax.teacher.apart import share_devices
 from kdjax.types import Params
+from kdjax.verifiers import check_prompts, verify
 
 
 class Heldout:
@@ -55,10 +56,10 @@ class Heldout:
             stop=e.generation.stop,
             batch_size=e.generation.batch_size,
         )
-        return accuracy([verify(self._prompts[at], one.text, e.prompts.verifier) for at, _, one in said])
+        return accuracy([verify(one.text, self._prompts[at], e.prompts.verifier) for at, _, one in said])
 
 
-def heldout_prompts(built: Built) -> list:
+def heldout_prompts(built: Built) -> list[Prompt]:
     """The first `eval.prompts` held-out prompts."""
     e = built.experiment
     held = (
@@ -69,4 +70,5 @@ def heldout_prompts(built: Built) -> list:
             f"eval.prompts must be at most the {len(held)} prompts that are held out, got {e.eval.prompts}. Lower it, "
             "or raise prompts.size or prompts.heldout_fraction."
         )
+    check_prompts(held[: e.eval.prompts], e.prompts.verifier)
     return held[: e.eval.prompts]

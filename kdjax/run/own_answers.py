@@ -18,6 +18,7 @@ import numpy as np
 from kdjax.build import DTYPES, Asked, Built
 from kdjax.checkpoint import agreed
 from kdjax.config import Experiment
+from kdjax.curation.batches import weigh_batch
 from kdjax.data import Rows, fed_places, heldout_batches, to_batch
 from kdjax.data.pipeline import Columns
 from kdjax.data.responses import answer_rows
@@ -132,11 +133,14 @@ class OwnAnswers:
         o, size = self._e.on_policy, self._e.train.batch_size
         turn, place = divmod(self._own_before(step) - number * o.block * o.reuse, o.block)
         order = np.arange(o.block * size) if turn == 0 else _rng(self._e, 3, number, turn).permutation(o.block * size)
-        index = order[place * size : (place + 1) * size][self._fed]
+        whole = order[place * size : (place + 1) * size]
+        weight, weigh = rows.weight[whole], weigh_batch(self._e.pass_rates)
+        weight = (weight if weigh is None else weigh(weight)).astype(np.float32)
+        index = whole[self._fed]
         columns: Columns = {
-            name: getattr(rows, name)[index]
-            for name in ("tokens", "segment_ids", "positions", "loss_mask", "row_id", "weight")
+            name: getattr(rows, name)[index] for name in ("tokens", "segment_ids", "positions", "loss_mask", "row_id")
         }
+        columns["weight"] = weight[self._fed]
         columns["epoch"] = np.full(len(index), self._own_before(step), np.int32)
         if text:
             columns["teacher"] = {name: column[index] for name, column in text.items()}
@@ -149,7 +153,12 @@ class OwnAnswers:
         return self._own_before(step) // (self._e.on_policy.block * self._e.on_policy.reuse)
 
     def _prompts(self, number: int) -> list[int]:
-        """The prompts of a block: each epoch has all of them once, in an order of its own."""
+        """The prompts of a block: each epoch has all of them once, in an order of its own, or as weights choose."""
+        e, first = self._e, number * self._e.on_policy.block
+        own = -(-int(self._own.sum()) // e.on_policy.reuse)
+        choose = self._asked.choice(e, np.arange(len(self._asked.train)), own)
+        if choose is not None:
+            return [int(at) for step in range(first, first + e.on_policy.block) for at in choose(step)]
         size, count = self._e.on_policy.block * self._e.train.batch_size, len(self._asked.train)
         places = range(number * size, (number + 1) * size)
         orders = {epoch: _rng(self._e, 2, epoch).permutation(count) for epoch in {at // count for at in places}}

@@ -142,7 +142,7 @@ def test_the_tracker_beats_the_discounted_counter(kind):
     logs = learn(kind, seed=0)
     order = np.random.default_rng(1).permutation(logs.shape[1])
     seen, unseen = logs[:, order[: len(order) // 2]], logs[:, order[len(order) // 2 :]]
-    settings = itertools.product((0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0), (0.25, 0.5, 1, 2, 4))
+    settings = itertools.product((0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0), (0.5, 1, 2, 4, 8, 16))
     best = max(settings, key=lambda pair: counter_scores(seen, *pair).mean())
     up, down = fit(seen, np.full(seen.shape, 8))
     tracked = track(unseen, np.full(unseen.shape, 8), up, down).log_score[1:]

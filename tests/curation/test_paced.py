@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kdjax import config
-from kdjax.curation import paced
+from kdjax.curation import batches, paced
 from kdjax.curation.paced import WEIGHTS, load_weights, weigh, write_weights
 from kdjax.curation.pass_rates import ESTIMATORS, PassRates, write_lines
 
@@ -199,19 +199,19 @@ def test_what_is_trained_on_has_mean_1(mode):
 
 
 def test_the_mean_of_a_batch_leaves_out_rows_that_only_fill_it():
-    found = paced.batch_mean(np.array([1.0, 3.0, 9.0]), np.array([True, True, False]))
+    found = batches.batch_mean(np.array([1.0, 3.0, 9.0]), np.array([True, True, False]))
     np.testing.assert_allclose(found, [0.5, 1.5, 0])
-    np.testing.assert_array_equal(paced.batch_mean(np.zeros(3), np.ones(3, bool)), 0)
-    np.testing.assert_array_equal(paced.batch_mean(np.ones(2), np.zeros(2, bool)), 0)
+    np.testing.assert_array_equal(batches.batch_mean(np.zeros(3), np.ones(3, bool)), 0)
+    np.testing.assert_array_equal(batches.batch_mean(np.ones(2), np.zeros(2, bool)), 0)
     weight, loss = np.array([1.0, 3.0]), np.array([5.0, 7.0])
-    whole = paced.batch_mean(weight, np.ones(2, bool))
+    whole = batches.batch_mean(weight, np.ones(2, bool))
     np.testing.assert_allclose(np.mean(whole * loss), np.sum(weight * loss) / np.sum(weight))
 
 
 def test_the_curriculum_begins_with_what_is_easy():
-    order = paced.easiest_first(np.array([1.0, 8, 0, 4, 1]), np.array([8.0, 8, 0, 8, 8]))
+    order = batches.easiest_first(np.array([1.0, 8, 0, 4, 1]), np.array([8.0, 8, 0, 8, 8]))
     assert order.tolist() == [1, 3, 0, 4, 2]
-    shares = [paced.paced_fraction(step, 100) for step in (0, 25, 50, 99)]
+    shares = [batches.paced_fraction(step, 100) for step in (0, 25, 50, 99)]
     np.testing.assert_allclose(shares, [0.3, 0.65, 1, 1])
 
 
@@ -233,9 +233,10 @@ def test_the_summary_counts_and_the_table_says_it():
     assert lines["4/8"]["weight"] == pytest.approx(found.weight[2])
     assert sum(line["problems"] for line in lines.values()) == 5
     text = paced.table(said)
-    assert len(text) == 1 + 10 + 2
+    assert len(text) == 1 + 10 + 3
     assert text[1].split() == ["0/8", "1", "50.0%", "0.000"]
-    assert text[-2].startswith("kept 2 of 5 problems (40.0%): 1 are never solved, 1 always; weight 'paced'")
+    assert text[-3] == "kept 2 of 5 problems (40.0%): 1 are never solved, 1 always"
+    assert text[-2] == "weight 'paced' of the estimator 'raw', normalise 'dataset_mean' (mean over: kept)"
     json.dumps(said, allow_nan=False)
 
 

@@ -14,8 +14,9 @@ from kdjax import config
 from kdjax.build import build_chooser, build_objective
 from kdjax.config import Loss
 from kdjax.config import Selection as SelectionConfig
-from kdjax.curation import paced
-from kdjax.curation.paced import draw, effective_sample, kernel, mean_one, weigh
+from kdjax.curation import batches, paced
+from kdjax.curation.batches import draw
+from kdjax.curation.paced import effective_sample, kernel, mean_one, weigh
 from kdjax.curation.pass_rates import PassRates
 from kdjax.curation.snr import efficiency
 from kdjax.data import heldout_batches, to_batch
@@ -63,7 +64,7 @@ def test_v3_mean_one_and_v4_the_weighted_loss():
     loss = np.array([2, 1, 0.5, 0.25, 0.1])
     assert np.mean(mean_one(w) * loss) == pytest.approx(0.558333, abs=1e-6)
     assert np.mean(w * loss) == pytest.approx(0.05234375, abs=1e-6)
-    assert np.mean(paced.batch_mean(w, np.ones(5, bool)) * loss) == pytest.approx(0.558333, abs=1e-6)
+    assert np.mean(batches.batch_mean(w, np.ones(5, bool)) * loss) == pytest.approx(0.558333, abs=1e-6)
 
 
 @pytest.mark.parametrize("tried", [1, 2, 4, 8, 16])

@@ -104,6 +104,29 @@ SPLITS = {
 }
 
 
+def test_rows_of_a_batch_may_be_chosen_and_weighed_as_a_whole():
+    rows = some_rows(6)
+    rows = dataclasses.replace(rows, weight=np.arange(1, 7, dtype=np.float32))
+    settings = {
+        "choose": lambda step: np.array([step % 6, 5, 5, 0]),
+        "weigh": lambda weights: weights / weights.mean(),
+    }
+    whole = some_batches(train_iterator(rows, 4, 0, **settings), 3)
+    for step, batch in enumerate(whole):
+        assert batch["row_id"].tolist() == [step, 5, 5, 0]
+        assert batch["tokens"][:, 0].tolist() == [10 * step + 1, 51, 51, 1]
+        assert batch["epoch"].tolist() == [step] * 4
+        weights = np.float32([step + 1, 6, 6, 1])
+        np.testing.assert_allclose(batch["weight"], weights / weights.mean(), rtol=1e-6)
+    assert_same(whole[1:], some_batches(train_iterator(rows, 4, 0, start=1, **settings), 2))
+    part = some_batches(train_iterator(rows, 4, 0, fed=np.array([1, 3]), **settings), 3)
+    assert_same(part, [{name: column[[1, 3]] for name, column in batch.items()} for batch in whole])
+    plain = some_batches(train_iterator(rows, 4, 0, weigh=settings["weigh"]), 3)
+    for batch, same in zip(plain, some_batches(train_iterator(rows, 4, 0), 3), strict=True):
+        assert batch["row_id"].tolist() == same["row_id"].tolist()
+        np.testing.assert_allclose(batch["weight"], same["weight"] / same["weight"].mean(), rtol=1e-6)
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("split", SPLITS)
 def test_processes_together_feed_the_batches_of_one(split, accumulate):

@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from kdjax.data.prompts import Prompt
-from kdjax.evals.accuracy import accuracy, verify, wilson
+from kdjax.evals.accuracy import accuracy, wilson
 from kdjax.verifiers import Finding, Verdict
 
 RIGHT, WRONG, UNDECIDED = (Finding(verdict) for verdict in Verdict)
@@ -38,15 +37,3 @@ def test_the_interval_covers():
         low, high = wilson(int(rng.binomial(40, 0.3)), 40)
         covered += low <= 0.3 <= high
     assert 0.93 < covered / 2000 < 0.97
-
-
-def test_a_prompt_names_its_verifier_or_the_config_does():
-    prompt = Prompt("q", "What is 1 + 1?", "2", "numeric")
-    assert verify(prompt, "The answer is 2.").verdict == Verdict.RIGHT
-    assert verify(prompt, "The answer is 3.").verdict == Verdict.WRONG
-    bare = Prompt("q", "What is 1 + 1?", "2")
-    assert verify(bare, "2", "numeric").verdict == Verdict.RIGHT
-    with pytest.raises(ValueError, match=r"^prompts\.verifier must name a verifier, got ''; the prompt 'q' names none"):
-        verify(bare, "2")
-    with pytest.raises(ValueError, match=r"^prompts\.verifier must be a known name"):
-        verify(bare, "2", "numbers")

@@ -125,7 +125,12 @@ def test_log_probability_is_the_sum_over_the_tokens(model):
 def test_no_program_is_compiled_once_the_widths_are_known(model):
     answers(model)
     before = begin._cache_size(), advance._cache_size()
-    answers(model, [[3] * 17, [4] * 31, [5] * 48, [6] * 2, [9] * 33], [[0, 1, 2], [5, 6, 7], [1], [2], [3, 4]], seed=9)
+    answers(
+        model,
+        [[3] * 17, [4] * 31, [5] * 48, [6] * 2, [9] * 33],
+        [[0, 1, 2], [5, 6, 7], [1, 8, 3], [2, 0, 1], [3, 4]],
+        seed=9,
+    )
     answers(model, stop=("ab",))
     assert (begin._cache_size(), advance._cache_size()) == before
     answers(model, [[3] * 49])

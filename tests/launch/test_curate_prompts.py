@@ -89,8 +89,8 @@ def test_a_kill_in_the_answers_and_one_in_the_verdicts_change_nothing(call, text
     assert 0 < summary["kept"] <= prompts <= 20
     assert out[0].split() == ["pass", "rate", "problems", "truncated", "weight"]
     assert out[6].startswith(f"kept {summary['kept']} of {prompts} problems")
-    assert out[8].startswith("4 answers a prompt, ")
-    assert out[8].endswith(f"pass rates {whole['pass_rates.jsonl'][:12]}")
+    assert out[9].startswith("4 answers a prompt, ")
+    assert out[9].endswith(f"pass rates {whole['pass_rates.jsonl'][:12]}")
     assert out[-1].startswith("next: python -m launch.train --config=configs/quickstart.py --workdir=")
 
     import slow_verifier
@@ -104,8 +104,20 @@ def test_a_kill_in_the_answers_and_one_in_the_verdicts_change_nothing(call, text
     assert 5 <= judged < 4 * prompts
     slow_verifier.asked.clear()
     assert call("curate", *typed(workdir, text)).splitlines()[:-2] == out[:-2]
-    assert len(slow_verifier.asked) == 4 * prompts - judged
+    assert len(slow_verifier.asked) == prompts + 4 * prompts - judged  # each prompt is looked at before all else
     assert digests(workdir) == whole
+
+
+def test_runs_of_one_student_may_share_its_answers(call, text, tmp_path):
+    shared = {"pass_rates__rollouts": "../shared"}
+    call("curate", *typed(tmp_path / "a", text, **shared))
+    before = (tmp_path / "shared" / "rollouts.jsonl").read_bytes()
+    assert before
+    call("curate", *typed(tmp_path / "b", text, pass_rates__weight="hard_filter", **shared))
+    assert (tmp_path / "shared" / "rollouts.jsonl").read_bytes() == before
+    assert not (tmp_path / "b" / "rollouts").exists()
+    a, b = ((tmp_path / name / "pass_rates.jsonl").read_bytes() for name in "ab")
+    assert a == b
 
 
 def test_another_seed_is_added_and_other_settings_of_the_answers_are_refused(call, text, tmp_path):

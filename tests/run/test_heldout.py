@@ -6,10 +6,10 @@ import pytest
 from kdjax.build import build
 from kdjax.config import default_config, from_config_dict
 from kdjax.data.responses import prompt_ids
-from kdjax.evals.accuracy import verify
 from kdjax.evals.evaluation import Evaluation
 from kdjax.generation import complete
 from kdjax.run.heldout import Heldout, heldout_prompts
+from kdjax.verifiers import verify
 
 
 def experiment(tmp_path, **fields):
@@ -39,9 +39,9 @@ def test_answers_are_the_likeliest_and_verified(tmp_path, monkeypatch):
     built = build(experiment(tmp_path))
     seen = []
 
-    def watched(prompt, response, default=""):
+    def watched(response, prompt, default=""):
         seen.append((prompt.id, response))
-        return verify(prompt, response, default)
+        return verify(response, prompt, default)
 
     monkeypatch.setattr("kdjax.run.heldout.verify", watched)
     found = Heldout(built)(built.student_params)
@@ -53,7 +53,7 @@ def test_answers_are_the_likeliest_and_verified(tmp_path, monkeypatch):
     ]
     alone = complete(built.student_cfg, built.student_params, built.tokenizer, texts, 5)
     assert dict(seen) == dict(zip([prompt.id for prompt in prompts], alone, strict=True))
-    expected = [str(verify(prompt, text).verdict) for prompt, text in zip(prompts, alone, strict=True)]
+    expected = [str(verify(text, prompt).verdict) for prompt, text in zip(prompts, alone, strict=True)]
     assert found.answers.wrong == expected.count("wrong")
     again = Evaluation.from_dict(found.to_dict())
     np.testing.assert_equal(again.answers, found.answers)

@@ -14,7 +14,7 @@ from kdjax.run.own_answers import Answer, Collapse, OwnAnswers, own_steps
 PROMPTS = tuple(Prompt(f"p{i}", f"What is {i}?", str(i)) for i in range(5))
 
 
-def asked(seen=False):
+def asked(seen=False, rank=None):
     ids = tuple((10 + i, 20) for i in range(5))
     return Asked(
         heldout=(),
@@ -22,16 +22,18 @@ def asked(seen=False):
         ids=ids,
         seen_by_teacher=tuple((1, *one) if seen else None for one in ids),
         weight=np.array([1.0, 2.0, 0.5, 1.0, 0.5]),
+        rank=rank,
         end=2,
         room=16 if seen else 0,
         fingerprint="f",
     )
 
 
-def experiment(steps=12, batch=2, **on_policy):
+def experiment(steps=12, batch=2, pass_rates=None, **on_policy):
     e = Experiment()
     return dataclasses.replace(
         e,
+        pass_rates=dataclasses.replace(e.pass_rates, **(pass_rates or {})),
         train=dataclasses.replace(e.train, steps=steps, batch_size=batch),
         data=dataclasses.replace(e.data, seq_len=8),
         on_policy=dataclasses.replace(e.on_policy, **({"fraction": 1.0} | on_policy)),
@@ -57,8 +59,8 @@ class Student:
         ]
 
 
-def own(tmp_path, student, seen=False, judge=None, **fields):
-    return OwnAnswers(experiment(**fields), asked(seen), tmp_path, student, judge)
+def own(tmp_path, student, seen=False, judge=None, rank=None, **fields):
+    return OwnAnswers(experiment(**fields), asked(seen, rank), tmp_path, student, judge)
 
 
 def drive(answers, steps, params="student"):
@@ -192,3 +194,26 @@ def test_a_collapse_is_said_and_can_stop_the_run(tmp_path, caplog, later, judged
     own(tmp_path / "healthy", Student(), judge=judge).load(1, None)
     own(tmp_path / "healthy", Student(), judge=judge, alarms="stop").load(2, None)
     assert not caplog.records
+
+
+def test_prompts_drawn_by_their_weights_weigh_the_same(tmp_path):
+    student = Student()
+    answers = own(tmp_path, student, steps=400, block=400, batch=5, pass_rates={"normalise": "sample"})
+    answers.load(1, None)
+    counts = np.bincount(student.calls[0][1], minlength=5)
+    expected = 2000 * asked().weight / asked().weight.sum()
+    assert np.sum((counts - expected) ** 2 / expected) < 18.5  # chi-square, 4 degrees of freedom, 0.1 %
+
+
+def test_a_curriculum_begins_with_the_easiest(tmp_path):
+    student, rank = Student(), np.array([4, 3, 2, 1, 0])  # the last prompt is the easiest
+    drive(own(tmp_path, student, steps=40, rank=rank), range(1, 41))
+    asked_at = [set(prompts) for _, prompts, _ in student.calls]
+    assert set.union(*asked_at[:2]) <= {4, 3}  # 30 % of five
+    assert set.union(*asked_at[20:]) == {0, 1, 2, 3, 4}
+
+
+def test_weights_of_a_batch_may_have_mean_one(tmp_path):
+    plain = drive(own(tmp_path / "a", Student()), [1])[1]["weight"]
+    mean_one = drive(own(tmp_path / "b", Student(), pass_rates={"normalise": "batch_mean"}), [1])[1]["weight"]
+    np.testing.assert_allclose(mean_one, plain / plain.mean(), rtol=1e-6)

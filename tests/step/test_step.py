@@ -150,6 +150,20 @@ def test_a_batch_without_a_target_changes_nothing(bench, batch):
     assert largest_difference(state.params, made.params) == 0.0
 
 
+def test_the_optimiser_rests_in_a_step_without_a_gradient(bench, batch):
+    """Rows of weight 0: neither decay nor momentum moves anything (PACED, V11)."""
+    made = bench(**DENSE, optim__weight_decay=0.1, optim__learning_rate=1e-2)
+    moving, _ = made.run(batch, 2)
+    weightless = dataclasses.replace(batch, weight=jnp.zeros_like(batch.weight))
+    step = jax.jit(make_train_step(made.parts))
+    state, report = step(moving, made.teacher_params, jax.tree.map(lambda a: a[None], weightless))
+    assert float(report.metrics["loss"][0]) == 0
+    assert float(report.metrics["grad_norm"][0]) == 0
+    for name in ("params", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(moving, name))
+    assert int(state.step) == int(moving.step) + 1
+
+
 def test_a_non_finite_step_keeps_the_old_state_and_names_the_rows(bench, batch, student_cfg):
     # Untied: a tied head would make the logits of all rows NaN.
     made = bench(student=dataclasses.replace(student_cfg, tied=False), **DENSE)
