@@ -139,7 +139,7 @@ def test_bfloat16_is_as_close_as_that_of_transformers():
     exact = torch_logits(model, token_ids())
     theirs = torch_logits(model.to(torch.bfloat16), token_ids())
     ours = our_logits(cfg, params, token_ids(), jnp.bfloat16)
-    embedded = decoder._embed(cfg, params, jnp.asarray(token_ids()), Rules(), jnp.bfloat16)
+    embedded = decoder.embed(cfg, params, jnp.asarray(token_ids()), Rules(), jnp.bfloat16)
     with torch.no_grad():
         rows = model.model.embed_tokens(torch.tensor(token_ids().astype(np.int64)))
     np.testing.assert_array_equal(embedded.astype(jnp.float32), rows.float().numpy())

@@ -5,8 +5,8 @@ Command:   python -m launch.plan  --config=configs/paper/se_kd/llama31_8b_to_32_
              --config.data.path=<FineWeb-Edu as *.jsonl with "text", 80M tokens of it>; se_kd_3x wants launch.curate and
              launch.cache_teacher before it
 Hardware:  a TPU slice or GPUs with 16 GB for each of 16 devices; --topology=v5p:2x2x4, v6e:4x4, h100:8 as well.
-             Compiled, not run, for v5e:4x4 with --config.data.seq_len=2048: 5.0 GiB of a chip, 20.2 GiB sent a step,
-             1.029 of what the sharding implies; 193 s to compile
+             Compiled, not run, for v5e:4x4 with --config.data.seq_len=2048: 5.0 GiB of a chip, 19.8 GiB sent a step,
+             1.011 of what the sharding implies; 215 s to compile
 Time:      not run; launch.plan gives an estimate for a topology
 Result:    not run here, and the paper has no such pair
 

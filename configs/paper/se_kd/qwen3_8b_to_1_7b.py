@@ -6,9 +6,9 @@ Command:   python -m launch.train --config=configs/paper/se_kd/qwen3_8b_to_1_7b.
 Hardware:  a TPU slice or GPUs with 16 GB for each of 8 devices or more. Compiled, not run:
              python -m launch.plan --config=<this file>:<row> --config.data.seq_len=2048 --topology=<topology>
              row       topology   mesh by default     GiB a chip   sent GiB, of what is implied   s to compile
-             se_kd     v5e:4x4    data:4,model:4      6.1 of 16 GB      22.6, 1.018               126
-             se_kd     v6e:4x4    data:4,model:4      6.0 of 32 GB      22.5, 1.016               268
-             se_kd     v5p:2x2x4  data:4,model:4      6.1 of 95 GB      22.6, 1.018               222
+             se_kd     v5e:4x4    data:4,model:4      6.1 of 16 GB      22.2, 1.002               126
+             se_kd     v6e:4x4    data:4,model:4      6.0 of 32 GB      22.2, 1.000               268
+             se_kd     v5p:2x2x4  data:4,model:4      6.1 of 95 GB      22.2, 1.002               222
              se_kd     v5e:2x4:2  replica:2,data:8    7.8 of 16 GB      21.3, 1.014               242
              se_kd     h100:8     data:8              8.3 of 80 GB      20.7, 1.000               74
              se_kd_3x  v5e:2x4    data:8              5.0 of 16 GB       8.4, 1.035               279
