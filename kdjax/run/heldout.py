@@ -9,12 +9,12 @@ from kdjax.data.responses import prompt_ids
 from kdjax.evals.accuracy import Accuracy, accuracy
 from kdjax.evals.evaluation import Evaluation
 from kdjax.evals.heldout import evaluate, make_eval_step
-from kdjax.generation.batching import rollouts, speaker
+from kdjax.generation.batching import LENGTH, Completion, rollouts, speaker
 from kdjax.generation.sampling import Sampling
 from kdjax.step import feed_of
 from kdjax.teacher.apart import share_devices
 from kdjax.types import Params
-from kdjax.verifiers import check_prompts, verify
+from kdjax.verifiers import Finding, Verdict, check_prompts, verify
 
 
 class Heldout:
@@ -56,7 +56,15 @@ class Heldout:
             stop=e.generation.stop,
             batch_size=e.generation.batch_size,
         )
-        return accuracy([verify(one.text, self._prompts[at], e.prompts.verifier) for at, _, one in said])
+        return accuracy([_judged(one, self._prompts[at], e.prompts.verifier) for at, _, one in said])
+
+
+def _judged(answer: Completion, prompt: Prompt, default: str) -> Finding:
+    """What the verifier says; an answer that was cut off before it could be judged is wrong, as in pass rates."""
+    found = verify(answer.text, prompt, default)
+    if found.verdict == Verdict.UNDECIDED and answer.finish == LENGTH:
+        return dataclasses.replace(found, verdict=Verdict.WRONG)
+    return found
 
 
 def heldout_prompts(built: Built) -> list[Prompt]:

@@ -8,8 +8,9 @@ from kdjax.config import default_config, from_config_dict
 from kdjax.data.responses import prompt_ids
 from kdjax.evals.evaluation import Evaluation
 from kdjax.generation import complete
+from kdjax.generation.batching import Completion
 from kdjax.run.heldout import Heldout, heldout_prompts
-from kdjax.verifiers import verify
+from kdjax.verifiers import Finding, Verdict, verify
 
 
 def experiment(tmp_path, **fields):
@@ -54,10 +55,22 @@ def test_answers_are_the_likeliest_and_verified(tmp_path, monkeypatch):
     alone = complete(built.student_cfg, built.student_params, built.tokenizer, texts, 5)
     assert dict(seen) == dict(zip([prompt.id for prompt in prompts], alone, strict=True))
     expected = [str(verify(text, prompt).verdict) for prompt, text in zip(prompts, alone, strict=True)]
-    assert found.answers.wrong == expected.count("wrong")
+    assert found.answers.right == expected.count("right")
     again = Evaluation.from_dict(found.to_dict())
     np.testing.assert_equal(again.answers, found.answers)
     assert Evaluation.from_dict(found.to_dict() | {"answers": None}).answers is None
+
+
+@pytest.mark.parametrize(("finish", "verdict"), [("length", "wrong"), ("stop", "undecided")])
+def test_an_answer_that_is_cut_off_and_undecided_is_wrong(tmp_path, monkeypatch, finish, verdict):
+    built = build(experiment(tmp_path))
+    monkeypatch.setattr(
+        "kdjax.run.heldout.rollouts", lambda *_, **__: iter([(0, 0, Completion("7 or 8", (1,), -1.0, finish))])
+    )
+    monkeypatch.setattr("kdjax.run.heldout.verify", lambda *_: Finding(Verdict.UNDECIDED, "7 or 8"))
+    answers = Heldout(built)(built.student_params).answers
+    assert {"wrong": answers.wrong, "undecided": answers.undecided}[verdict] == 1
+    assert answers.right + answers.wrong + answers.undecided == 1
 
 
 def test_held_out_prompts_are_not_trained_on(tmp_path):
