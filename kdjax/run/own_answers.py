@@ -6,6 +6,7 @@ alone, and a block is on disk before it is used: a run that goes on after a kill
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 
 from kdjax.build import DTYPES, Asked, Built
 from kdjax.checkpoint import agreed
-from kdjax.config import Experiment
+from kdjax.config import Experiment, fingerprint
 from kdjax.curation.batches import weigh_batch
 from kdjax.data import Rows, fed_places, heldout_batches, to_batch
 from kdjax.data.pipeline import Columns
@@ -167,10 +168,15 @@ class OwnAnswers:
     def _path(self, number: int) -> Path:
         return self._folder / f"block-{number:06d}.jsonl"
 
+    def _identity(self, prompts: Sequence[int]) -> str:
+        """Of the run and of what a block asks: a run that was begun anew may find blocks of the one before."""
+        asked = [self._asked.train[prompt].id for prompt in prompts]
+        return hashlib.sha256(json.dumps([fingerprint(self._e), self._asked.fingerprint, asked]).encode()).hexdigest()
+
     def _store(
         self, number: int, step: int, prompts: Sequence[int], answers: Sequence[Answer], figures: Mapping[str, float]
     ) -> None:
-        head = {"block": number, "step": step, "prompts": self._asked.fingerprint, "figures": dict(figures)}
+        head = {"block": number, "step": step, "of": self._identity(prompts), "figures": dict(figures)}
         lines = [head] + [
             {"id": self._asked.train[prompt].id} | dataclasses.asdict(answer)
             for prompt, answer in zip(prompts, answers, strict=True)
@@ -180,9 +186,9 @@ class OwnAnswers:
             write_whole(self._path(number), "".join(json.dumps(line) + "\n" for line in lines))
 
     def _read(self, number: int, step: int) -> tuple[list[Answer], dict[str, float], int] | None:
-        """What is on disk of this block; None if it was written for other prompts or a later step."""
+        """What is on disk of this block; None if another run wrote it, or this one at a later step."""
         head, *lines = map(json.loads, self._path(number).read_text(encoding="utf-8").splitlines())
-        if head["prompts"] != self._asked.fingerprint or head["step"] > step:
+        if head.get("of") != self._identity(self._prompts(number)) or head["step"] > step:
             return None
         fields = ("text", "tokens", "logp", "finished")
         answers = [

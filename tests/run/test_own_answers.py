@@ -145,6 +145,15 @@ def test_a_resumed_run_has_the_same_batches_and_asks_nothing_twice(tmp_path, sto
     assert (first | rest).keys() == whole.keys()
 
 
+def test_blocks_of_another_run_are_written_anew(tmp_path):
+    drive(own(tmp_path, Student()), [1])
+    student = Student()
+    drive(own(tmp_path, student), [1])
+    assert not student.calls
+    drive(own(tmp_path, student, truncated="drop"), [1])  # any setting that shapes the run
+    assert len(student.calls) == 1
+
+
 def test_steps_on_other_text_are_counted(tmp_path):
     answers = own(tmp_path, Student(), steps=50, fraction=0.5)
     taken = [answers.takes(step) for step in range(1, 51)]
