@@ -54,10 +54,10 @@ def base(steps: int) -> ConfigDict:
     config.selection.policy = "all"
     config.loss.terms = (("reverse_kl", 1.0),)
     config.loss.reduction = "sample"
-    config.optim.learning_rate = 1e-5
+    config.optim.learning_rate = 2e-5
     config.optim.warmup = steps // 10
     config.train.steps = steps
-    config.train.batch_size = 16
+    config.train.batch_size = 8
     config.train.log_every = 2
     config.eval.rows = 8
     config.eval.prompts = 100
