@@ -69,6 +69,24 @@ def test_killed_while_writing_a_block(make_run, monkeypatch):
     assert sum("rollout_tokens" in line for line in lines) == len(asked)
 
 
+def test_eight_devices_write_the_answers_of_one(make_run):
+    fields = {"train__steps": "3", "train__batch_size": "8", "optim__warmup": "0", "on_policy__fraction": "1.0"}
+    fields |= {"teacher__privileged": "'{question} ({answer})'", "data__seq_len": "96"}
+    seen = {}
+    for preset in ("single", "fsdp"):
+        run = make_run(preset)
+        experiment = run.experiment(**FIELDS | fields | {"mesh__preset": preset})
+        loop.claim_workdir(run.workdir, experiment)
+        loop.run(build(experiment, run.workdir), run.workdir)
+        lines = [json.loads(line) for line in (run.workdir / "metrics.jsonl").read_text().splitlines()]
+        blocks = sorted((run.workdir / "own_answers").glob("*.jsonl"))
+        texts = [[json.loads(line)["tokens"] for line in path.read_text().splitlines()[1:]] for path in blocks]
+        seen[preset] = [line["loss"] for line in lines if "loss" in line], texts
+    assert len(seen["single"][1]) == 2
+    assert seen["fsdp"][1] == seen["single"][1]
+    np.testing.assert_allclose(seen["fsdp"][0], seen["single"][0], rtol=1e-5)
+
+
 def test_what_cannot_be_asked_is_said(make_run):
     run = make_run("long")
     with pytest.raises(ValueError, match=r"^data\.seq_len must hold the longest prompt and its answer, got 16 "):
