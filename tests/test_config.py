@@ -183,6 +183,7 @@ RULES = [
     ("generation.min_p", 1.0, "must be in [0, 1)", [0.0]),
     ("generation.batch_size", 0, COUNT, [1]),
     ("eval.prompts", -1, NOT_NEGATIVE, [0]),
+    ("pass_rates.every", -1, NOT_NEGATIVE, [0]),
     ("pass_rates.discount", 1.1, "must be in [0, 1]", [0.0, 1.0]),
     ("pass_rates.fallback", "all", "must be 'error' or 'uniform'", ["error", "uniform"]),
     ("pass_rates.prior", 0.0, "must be positive", [0.5]),
@@ -285,6 +286,10 @@ def test_micro_batches_are_even():
             "teacher.source must be 'live' with teacher.",
         ),
         ({"teacher__privileged": "Think of {question}"}, "teacher.privileged must hold {answer}, got 'Think of"),
+        (
+            {"pass_rates__every": 2, "on_policy__fraction": 1.0, "pass_rates__weight": "paced"},
+            "pass_rates.every must be 0 but with own answers, weights by them and an estimator over rounds, got 2 with",
+        ),
         ({"samples__fraction": 0.5}, "samples.fraction must keep its default with prompts.path, got 0.5; "),
         ({"cache__superset": 0.5}, "cache.superset must keep its default with prompts.path, got 0.5; "),
     ],

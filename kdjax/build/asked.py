@@ -11,6 +11,7 @@ import numpy as np
 from kdjax.config import Experiment
 from kdjax.curation.batches import choose_rows, easiest_first
 from kdjax.curation.paced import load_weights, training_weights
+from kdjax.curation.pass_rates import PassRates, load_pass_rates
 from kdjax.data import LoadedData, Rows
 from kdjax.data.prompts import Prompt, fingerprint, load_prompts, messages, split_prompts
 from kdjax.data.responses import Answered, answer_rows, end_of_answer, prompt_ids, room_for_teacher
@@ -26,7 +27,7 @@ class Asked:
     heldout: to evaluate on. train: those with a weight above 0; ids, seen_by_teacher (None = the same) and weight are
     of these, in this order; rank: with a curriculum the place of each, the easiest first. end: the id that ends an
     answer. room: how much longer the teacher's rows are. weighs: whether rows have these weights in the loss; else they
-    are drawn by them.
+    are drawn by them. rates: of the train prompts, with pass_rates.every.
     """
 
     heldout: tuple[Prompt, ...]
@@ -39,6 +40,7 @@ class Asked:
     room: int
     fingerprint: str
     weighs: bool = True
+    rates: PassRates | None = None
 
     def answered(self, number: int, answer: Sequence[int]) -> Answered:
         """The row to be of an answer to train[number]."""
@@ -68,6 +70,9 @@ def load_asked(e: Experiment, tokenizer: Any, workdir: Path | None) -> Asked:
     seen = tuple(_privileged(e, prompt, tokenizer) for prompt in train)
     room = room_for_teacher([Answered(a, (), 1.0, b) for a, b in zip(ids, seen, strict=True)])
     end = end_of_answer(tokenizer, chat_template=e.data.chat_template)
+    rates = None
+    if e.pass_rates.every and workdir is not None:
+        rates = load_pass_rates(workdir).of([prompt.id for prompt in train])
     return Asked(
         tuple(heldout),
         tuple(train),
@@ -79,6 +84,7 @@ def load_asked(e: Experiment, tokenizer: Any, workdir: Path | None) -> Asked:
         room,
         fingerprint(every),
         e.pass_rates.normalise != "sample",
+        rates,
     )
 
 

@@ -86,6 +86,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "pass_rates.alpha": (*_at_least(0), "a negative exponent has no bound; 0 switches that side off"),
     "pass_rates.beta": (*_at_least(0), "a negative exponent has no bound; 0 switches that side off"),
     "pass_rates.normalise": (*_one_of("none", "dataset_mean", "batch_mean", "sample"), "see PassRates"),
+    "pass_rates.every": _OR_OFF,
     "pass_rates.prior": (lambda v: v > 0, "positive", "Beta(0, 0) is no distribution"),
     "pass_rates.discount": (lambda v: 0 <= v <= 1, "in [0, 1]", "it is a factor, 1 counts all rounds alike"),
     "pass_rates.fallback": (*_one_of("error", "uniform"), "see PassRates"),
@@ -174,6 +175,13 @@ def _check_prompts(e: Experiment) -> None:
     for name, wanted in wants.items():
         if wanted and not e.prompts.path:
             raise ValueError(f"prompts.path must name prompts, got ''; {name} is set and needs them. Set it.")
+    p = e.pass_rates
+    if p.every and (p.weight == "uniform" or p.estimator not in ("discounted", "tracker") or e.on_policy.fraction == 0):
+        raise ValueError(
+            "pass_rates.every must be 0 but with own answers, weights by them and an estimator over rounds, got "
+            f"{p.every} with on_policy.fraction={e.on_policy.fraction!r}, weight={p.weight!r}, estimator={p.estimator!r}. "
+            "Set estimator to 'discounted'."
+        )
     if e.teacher.source == "cache" and (wants["on_policy.fraction"] or wants["teacher.privileged"]):
         which = "on_policy.fraction" if wants["on_policy.fraction"] else "teacher.privileged"
         raise ValueError(

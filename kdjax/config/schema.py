@@ -158,6 +158,7 @@ class PassRates:
     estimator: str = "raw"  # raw | laplace | discounted | tracker: see kdjax/curation/pass_rates.py
     prior: float = 1.0  # laplace, discounted, bayes: Beta(prior, prior), 1 = all rates are equally likely
     discount: float = 0.5  # discounted: what a round counts after one more round
+    every: int = 0  # blocks of own answers after which rates are estimated anew from them as well; 0 = never
     rollouts: str = ""  # answers to count, relative to the workdir; "" = "rollouts", which launch.curate fills
     fallback: str = "error"  # if all weights are 0: error | uniform
     seed: int = 0  # shuffled: of the permutation; normalise "sample": of the draws

@@ -46,6 +46,18 @@ class PassRates:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def of(self, ids: Sequence[str]) -> "PassRates":
+        """Those of some of the problems, in the order of `ids`. Raises ValueError for one that is not here."""
+        place = {name: at for at, name in enumerate(self.ids)}
+        without = [name for name in ids if name not in place]
+        if without:
+            raise ValueError(
+                f"pass rates must hold all prompts, got none for {len(without)} of {len(ids)}, the first is "
+                f"{without[0]!r}. Run launch.curate again with these prompts."
+            )
+        index = np.array([place[name] for name in ids], np.int64)
+        return dataclasses.replace(self, ids=tuple(ids), **{name: getattr(self, name)[index] for name in COUNTS})
+
 
 def count(
     ids: Sequence[str],

@@ -20,6 +20,8 @@ from kdjax.build import DTYPES, Asked, Built
 from kdjax.checkpoint import agreed
 from kdjax.config import Experiment, fingerprint
 from kdjax.curation.batches import weigh_batch
+from kdjax.curation.paced import weigh
+from kdjax.curation.pass_rates import PassRates
 from kdjax.data import Rows, fed_places, heldout_batches, to_batch
 from kdjax.data.pipeline import Columns
 from kdjax.data.responses import answer_rows
@@ -31,6 +33,7 @@ from kdjax.schedules import make_schedule
 from kdjax.sharding import Rules
 from kdjax.teacher.apart import share_devices
 from kdjax.types import Params
+from kdjax.verifiers import Verdict, verify
 
 log = logging.getLogger("kdjax")
 
@@ -74,6 +77,7 @@ class OwnAnswers:
         self._write, self._judge = write, judge
         self._fed = fed_places(rules, e.train.batch_size, e.train.accumulate)
         self._own = own_steps(self._e.on_policy.fraction, self._e.train.steps, self._e.train.seed)
+        self._round: tuple[int, Asked] | None = None
         self._block: tuple[int, Rows, dict[str, np.ndarray], np.ndarray] | None = None
 
     def takes(self, step: int) -> bool:
@@ -95,21 +99,22 @@ class OwnAnswers:
         Raises Collapse if its answers set off an alarm that is to stop the run.
         """
         number, o = self._number(step), self._e.on_policy
-        prompts = self._prompts(number)
+        asked, prompts = self._asked_at(number), self._prompts(number)
         found = self._read(number, step) if agreed(self._path(number).is_file()) else None
         if found is None:
             answers = list(self._write(params, prompts, number))
-            figures, began = _figures(answers), step
+            verdicts, began = self._verdicts(prompts, answers), step
+            figures = _figures(answers, verdicts)
         else:
             answers, figures, began = found
         keep = np.array([bool(a.tokens) and (a.finished or o.truncated == "keep") for a in answers])
         rows, text = answer_rows(
             [
-                self._asked.answered(prompt, [*answer.tokens, *([self._asked.end] if answer.finished else [])])
+                asked.answered(prompt, [*answer.tokens, *([asked.end] if answer.finished else [])])
                 for prompt, answer in zip(prompts, answers, strict=True)
             ],
             self._e.data.seq_len,
-            self._asked.room,
+            asked.room,
         )
         rows = dataclasses.replace(
             rows,
@@ -120,7 +125,7 @@ class OwnAnswers:
         if found is None:
             if self._judge is not None:
                 figures |= self._judge(params, rows, text)
-            self._store(number, step, prompts, answers, figures)
+            self._store(number, step, prompts, answers, verdicts, figures)
         self._block = (number, rows, text, np.array(prompts))
         if o.alarms != "off":
             self._alarm(number, figures)
@@ -157,7 +162,7 @@ class OwnAnswers:
         """The prompts of a block: each epoch has all of them once, in an order of its own, or as weights choose."""
         e, first = self._e, number * self._e.on_policy.block
         own = -(-int(self._own.sum()) // e.on_policy.reuse)
-        choose = self._asked.choice(e, np.arange(len(self._asked.train)), own)
+        choose = self._asked_at(number).choice(e, np.arange(len(self._asked.train)), own)
         if choose is not None:
             return [int(at) for step in range(first, first + e.on_policy.block) for at in choose(step)]
         size, count = self._e.on_policy.block * self._e.train.batch_size, len(self._asked.train)
@@ -173,13 +178,57 @@ class OwnAnswers:
         asked = [self._asked.train[prompt].id for prompt in prompts]
         return hashlib.sha256(json.dumps([fingerprint(self._e), self._asked.fingerprint, asked]).encode()).hexdigest()
 
+    def _asked_at(self, number: int) -> Asked:
+        """The prompts as they weigh in a block: with pass_rates.every also by the own answers of full rounds before it.
+
+        A round is that many blocks. Blocks are on disk, so a resumed run finds the same weights.
+        """
+        every, base = self._e.pass_rates.every, self._asked.rates
+        count = number // every if every else 0
+        if base is None or not count:
+            return self._asked
+        if self._round is None or self._round[0] != count:
+            found = weigh([base, *(self._counted(base, r * every, every) for r in range(count))], self._e.pass_rates)
+            self._round = count, dataclasses.replace(self._asked, weight=found.weight)
+        return self._round[1]
+
+    def _counted(self, base: PassRates, first: int, blocks: int) -> PassRates:
+        """Pass rates of the answers in some blocks."""
+        place = {name: at for at, name in enumerate(base.ids)}
+        right, tried = (np.zeros(len(base), np.int64) for _ in range(2))
+        for number in range(first, first + blocks):
+            _, *lines = map(json.loads, self._path(number).read_text(encoding="utf-8").splitlines())
+            for line in lines:
+                right[place[line["id"]]] += line["verdict"] == Verdict.RIGHT
+                tried[place[line["id"]]] += line["verdict"] != Verdict.UNDECIDED
+        return dataclasses.replace(base, right=right, tried=tried, undecided=0 * right, truncated=0 * right)
+
+    def _verdicts(self, prompts: Sequence[int], answers: Sequence[Answer]) -> list[str] | None:
+        """What the verifiers say; None if some prompt has none. Cut off and undecided is wrong, as in `curation`."""
+        default = self._e.prompts.verifier
+        if not all(self._asked.train[prompt].verifier or default for prompt in prompts):
+            return None
+        found = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            verdict = verify(answer.text, self._asked.train[prompt], default).verdict
+            cut_off = verdict == Verdict.UNDECIDED and not answer.finished
+            found.append(str(Verdict.WRONG if cut_off else verdict))
+        return found
+
     def _store(
-        self, number: int, step: int, prompts: Sequence[int], answers: Sequence[Answer], figures: Mapping[str, float]
+        self,
+        number: int,
+        step: int,
+        prompts: Sequence[int],
+        answers: Sequence[Answer],
+        verdicts: Sequence[str] | None,
+        figures: Mapping[str, float],
     ) -> None:
         head = {"block": number, "step": step, "of": self._identity(prompts), "figures": dict(figures)}
+        said: Sequence[str | None] = verdicts or [None] * len(prompts)
         lines = [head] + [
-            {"id": self._asked.train[prompt].id} | dataclasses.asdict(answer)
-            for prompt, answer in zip(prompts, answers, strict=True)
+            {"id": self._asked.train[prompt].id, "verdict": verdict} | dataclasses.asdict(answer)
+            for prompt, answer, verdict in zip(prompts, answers, said, strict=True)
         ]
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -294,7 +343,7 @@ def _rng(e: Experiment, *purpose: int) -> np.random.Generator:
     return np.random.default_rng([e.train.seed, *purpose])
 
 
-def _figures(answers: Sequence[Answer]) -> dict[str, float]:
+def _figures(answers: Sequence[Answer], verdicts: Sequence[str] | None) -> dict[str, float]:
     """tokens: mean length. distinct: share of pairs of neighbours that are new in their answer. entropy: of a token."""
     lengths = [len(answer.tokens) for answer in answers]
     pairs = [list(zip(answer.tokens, answer.tokens[1:], strict=False)) for answer in answers]
@@ -303,6 +352,9 @@ def _figures(answers: Sequence[Answer]) -> dict[str, float]:
         "rollout_tokens": float(np.mean(lengths)),
         "rollout_truncated": float(np.mean([not answer.finished for answer in answers])),
     }
+    judged = [verdict for verdict in verdicts or () if verdict != Verdict.UNDECIDED]
+    if judged:
+        figures["rollout_right"] = judged.count(Verdict.RIGHT) / len(judged)
     if count:
         figures["rollout_distinct"] = sum(len(set(found)) for found in pairs) / count
     if sum(lengths):

@@ -1,6 +1,7 @@
 """Greedy tokens a second against `transformers` generate on torch, in turn: a script, since speed is no test.
 
-    PYTHONPATH=. python tests/generation/race_transformers.py [--rounds=5] [--batch=8] [--prompt=64] [--new=64] [--threads=2]
+    PYTHONPATH=. python tests/generation/race_transformers.py [--rounds=5] [--batch=8] [--prompt=64] [--new=64]
+        [--threads=2]
 
 Both run SmolLM2-135M in float32 with a key/value cache, on the same tokens, without ends; what is made has to be the
 same. Printed are tokens a second of wall time, prompts included, and tokens a second of processor time, and the median

@@ -8,13 +8,14 @@ import pytest
 
 from kdjax.build import Asked
 from kdjax.config import Experiment
+from kdjax.curation.pass_rates import PassRates
 from kdjax.data.prompts import Prompt
 from kdjax.run.own_answers import Answer, Collapse, OwnAnswers, own_steps
 
-PROMPTS = tuple(Prompt(f"p{i}", f"What is {i}?", str(i)) for i in range(5))
+PROMPTS = tuple(Prompt(f"p{i}", f"What is {i}?", str(i), "numeric") for i in range(5))
 
 
-def asked(seen=False, rank=None):
+def asked(seen=False, rank=None, rates=None):
     ids = tuple((10 + i, 20) for i in range(5))
     return Asked(
         heldout=(),
@@ -26,6 +27,7 @@ def asked(seen=False, rank=None):
         end=2,
         room=16 if seen else 0,
         fingerprint="f",
+        rates=rates,
     )
 
 
@@ -59,8 +61,8 @@ class Student:
         ]
 
 
-def own(tmp_path, student, seen=False, judge=None, rank=None, **fields):
-    return OwnAnswers(experiment(**fields), asked(seen, rank), tmp_path, student, judge)
+def own(tmp_path, student, seen=False, judge=None, rank=None, rates=None, **fields):
+    return OwnAnswers(experiment(**fields), asked(seen, rank, rates), tmp_path, student, judge)
 
 
 def drive(answers, steps, params="student"):
@@ -168,6 +170,7 @@ def test_figures_of_a_block(tmp_path):
     assert figures == {
         "rollout_tokens": 4.0,
         "rollout_truncated": 0.0,
+        "rollout_right": 0.0,
         "rollout_distinct": 1.0,
         "rollout_entropy": 0.5,
         "rollout_teacher_nll": 3.0,
@@ -226,3 +229,47 @@ def test_weights_of_a_batch_may_have_mean_one(tmp_path):
     plain = drive(own(tmp_path / "a", Student()), [1])[1]["weight"]
     mean_one = drive(own(tmp_path / "b", Student(), pass_rates={"normalise": "batch_mean"}), [1])[1]["weight"]
     np.testing.assert_allclose(mean_one, plain / plain.mean(), rtol=1e-6)
+
+
+class Solver(Student):
+    """Right about the first two prompts, wrong about the others."""
+
+    def __call__(self, params, prompts, seed):
+        made = super().__call__(params, prompts, seed)
+        return [dataclasses.replace(a, text=str(p) if p < 2 else "99") for p, a in zip(prompts, made, strict=True)]
+
+
+def test_rates_are_estimated_anew_from_own_answers(tmp_path):
+    """Rounds of two blocks of five prompts: after the first, two more of two are right, and none of two."""
+    rates = PassRates(
+        ids=tuple(prompt.id for prompt in PROMPTS),
+        right=np.array([4, 2, 4, 2, 0]),
+        tried=np.full(5, 8),
+        undecided=np.zeros(5, np.int64),
+        truncated=np.zeros(5, np.int64),
+        basis={},
+        seeds=(0,),
+    )
+    settings = {"every": 2, "weight": "paced", "estimator": "discounted", "discount": 0.5, "prior": 1.0}
+    fields = {"rates": rates, "batch": 5, "steps": 8, "pass_rates": settings}
+    columns = drive(own(tmp_path, Solver(), **fields), range(1, 9))
+
+    def weights(step):
+        order = np.argsort(columns[step]["row_id"])
+        return columns[step]["weight"][order]
+
+    np.testing.assert_allclose(weights(1), asked().weight)  # what curate left
+    np.testing.assert_allclose(weights(2), asked().weight)
+    a = 0.5 * (0.5 * 1 + rates.right) + np.array([2, 2, 0, 0, 0])
+    n = 0.5 * (0.5 * 2 + rates.tried) + 2
+    expected = a / n * (1 - a / n)
+    np.testing.assert_allclose(weights(3), expected / expected.mean(), rtol=1e-6)
+    assert weights(5)[0] != weights(3)[0]
+    again = drive(own(tmp_path, Solver(), **fields), range(4, 9))  # resumed: from the blocks on disk
+    for step in range(4, 9):
+        jax.tree.map(np.testing.assert_array_equal, again[step], columns[step])
+
+
+def test_the_share_of_right_answers_is_among_the_figures(tmp_path):
+    figures = own(tmp_path, Solver(), batch=5, steps=2).load(1, None)
+    assert figures["rollout_right"] == 0.4

@@ -13,7 +13,7 @@ Hardware:  a TPU slice or GPUs with 16 GB for each of 8 devices or more. Compile
              se_kd     h100:8     data:8              8.3 of 80 GB      20.7, 1.000               74
              se_kd_3x  v5e:2x4    data:8              5.0 of 16 GB       8.4, 1.035               279
              (two slices send 0.5 of it over the network; h100 without cuDNN here, so with XLA's attention; compiling
-             on two cores that others used too)
+             on two cores that others used too: alone the first row took 28 s)
 Time:      not measured here; the paper: 23 h dense, 4 h for 3X with its cache there, on two RTX 3090
 Result:    not run here; the paper's figures are with the rows in ROWS: Acc, its mean over five tasks
 
