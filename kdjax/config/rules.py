@@ -179,8 +179,8 @@ def _check_prompts(e: Experiment) -> None:
     if p.every and (p.weight == "uniform" or p.estimator not in ("discounted", "tracker") or e.on_policy.fraction == 0):
         raise ValueError(
             "pass_rates.every must be 0 but with own answers, weights by them and an estimator over rounds, got "
-            f"{p.every} with on_policy.fraction={e.on_policy.fraction!r}, weight={p.weight!r}, estimator={p.estimator!r}. "
-            "Set estimator to 'discounted'."
+            f"{p.every} with on_policy.fraction={e.on_policy.fraction!r}, weight={p.weight!r}, "
+            f"estimator={p.estimator!r}. Set the last to 'discounted'."
         )
     if e.teacher.source == "cache" and (wants["on_policy.fraction"] or wants["teacher.privileged"]):
         which = "on_policy.fraction" if wants["on_policy.fraction"] else "teacher.privileged"
