@@ -68,7 +68,7 @@ class Collapse(FloatingPointError):
 
 
 class OwnAnswers:
-    """The own steps of a run and their batches; one of them at most is in memory as a block."""
+    """The own steps of a run and their batches; one block is in memory at a time."""
 
     def __init__(
         self, e: Experiment, asked: Asked, workdir: Path, write: Writer, judge: Judge | None, rules: Rules = Rules()
@@ -78,7 +78,7 @@ class OwnAnswers:
         self._fed = fed_places(rules, e.train.batch_size, e.train.accumulate)
         self._own = own_steps(self._e.on_policy.fraction, self._e.train.steps, self._e.train.seed)
         self._round: tuple[int, Asked] | None = None
-        self._block: tuple[int, Rows, dict[str, np.ndarray], np.ndarray] | None = None
+        self._block: tuple[int, Rows, dict[str, np.ndarray]] | None = None
 
     def takes(self, step: int) -> bool:
         """Whether this step, counted from 1, trains on the student's own answers."""
@@ -126,7 +126,7 @@ class OwnAnswers:
             if self._judge is not None:
                 figures |= self._judge(params, rows, text)
             self._store(number, step, prompts, answers, verdicts, figures)
-        self._block = (number, rows, text, np.array(prompts))
+        self._block = number, rows, text
         if o.alarms != "off":
             self._alarm(number, figures)
         return figures if began == step else {}
@@ -135,7 +135,7 @@ class OwnAnswers:
         """The fields of this step's batch, those of its rows that this process feeds."""
         if self._block is None:
             raise ValueError("the block of a step must be loaded before its columns are read.")
-        number, rows, text, _ = self._block
+        number, rows, text = self._block
         o, size = self._e.on_policy, self._e.train.batch_size
         turn, place = divmod(self._own_before(step) - number * o.block * o.reuse, o.block)
         order = np.arange(o.block * size) if turn == 0 else _rng(self._e, 3, number, turn).permutation(o.block * size)
