@@ -2,8 +2,8 @@
 
 Command:   python -m launch.compare --config=configs/studies/paced_small.py
 Hardware:  2 CPU cores, 5 GiB of memory, 2 GB of disk while it runs
-Time:      not measured yet
-Result:    not run yet
+Time:      about 75 minutes by its first runs: 5 for the pass rates, which all share, and 6 a run
+Result:    not run whole yet
 
 SmolLM2-135M-Instruct answers questions of arithmetic; a frozen copy of it that was shown the gold answer is its
 teacher, reverse KL on the student's own answers. All arms take the same steps over as many answers, and share one set
