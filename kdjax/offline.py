@@ -12,7 +12,7 @@ import jax
 import kdjax
 from kdjax import config as schema
 from kdjax import registry
-from kdjax.build import DTYPES, Built, build_chooser, cache_identity, check_cached
+from kdjax.build import DTYPES, Built, build_chooser, cache_identity, check_cached, student_speaker
 from kdjax.curation import params_fingerprint
 from kdjax.curation.teacher_pass import TeacherPass
 from kdjax.data import Rows
@@ -93,8 +93,7 @@ def student_answers(
     """
     source = built.student_source if params is None else "the student of a run"
     params = built.student_params if params is None else params
-    dtype = registry.lookup(DTYPES, built.experiment.student.compute_dtype, "student.compute_dtype")
-    model = speaker(built.student_cfg, params, built.tokenizer, rules=built.rules, compute_dtype=dtype)
+    model = student_speaker(built, params)
     depends = identity(
         params_fingerprint(params),
         tokenizers.fingerprint(built.tokenizer),

@@ -25,6 +25,7 @@ from kdjax.build.parts import (
 from kdjax.config import Experiment
 from kdjax.curation import Basis, basis, kept_rows
 from kdjax.data import LoadedData, Rows, load_data
+from kdjax.generation.batching import Speaker, speaker
 from kdjax.models import ModelConfig, flax_models, prune
 from kdjax.models import tokenizer as tokenizers
 from kdjax.models.io import LoadedModel, fingerprint, load_config, load_model
@@ -52,6 +53,7 @@ __all__ = [
     "language_model",
     "load_experiment",
     "samples_basis",
+    "student_speaker",
 ]
 
 
@@ -130,6 +132,13 @@ def build(experiment: Experiment, workdir: Path | None = None, *, live_teacher: 
     if cached:
         built = dataclasses.replace(built, cache=open_cache(cache_path(experiment, workdir), cache_identity(built)))
     return built
+
+
+def student_speaker(built: Built, params: Params) -> Speaker:
+    """The student with these parameters, as `generation.rollouts` takes it; by its own rules, not those of the rows."""
+    e = built.experiment
+    dtype = registry.lookup(DTYPES, e.student.compute_dtype, "student.compute_dtype")
+    return speaker(built.student_cfg, params, built.tokenizer, rules=share_devices(e)[0], compute_dtype=dtype)
 
 
 def samples_basis(built: Built) -> Basis:

@@ -2,19 +2,18 @@
 
 import dataclasses
 
-from kdjax.build import DTYPES, Built
+from kdjax.build import Built, student_speaker
 from kdjax.data import heldout_batches, to_batch
 from kdjax.data.prompts import Prompt, load_prompts, split_prompts
 from kdjax.data.responses import prompt_ids
 from kdjax.evals.accuracy import Accuracy, accuracy
 from kdjax.evals.evaluation import Evaluation
 from kdjax.evals.heldout import evaluate, make_eval_step
-from kdjax.generation.batching import LENGTH, Completion, rollouts, speaker
+from kdjax.generation.batching import LENGTH, rollouts
 from kdjax.generation.sampling import Sampling
 from kdjax.step import feed_of
-from kdjax.teacher.apart import share_devices
 from kdjax.types import Params
-from kdjax.verifiers import Finding, Verdict, check_prompts, verify
+from kdjax.verifiers import check_prompts, verify
 
 
 class Heldout:
@@ -40,9 +39,7 @@ class Heldout:
 
     def _answers(self, params: Params) -> Accuracy:
         built, e = self._built, self._built.experiment
-        rules, _ = share_devices(e)
-        dtype = DTYPES[e.student.compute_dtype]
-        model = speaker(built.student_cfg, params, built.tokenizer, rules=rules, compute_dtype=dtype)
+        model = student_speaker(built, params)
         ids = [
             prompt_ids(prompt, built.tokenizer, chat_template=e.data.chat_template, system_prompt=e.data.system_prompt)
             for prompt in self._prompts
@@ -56,15 +53,10 @@ class Heldout:
             stop=e.generation.stop,
             batch_size=e.generation.batch_size,
         )
-        return accuracy([_judged(one, self._prompts[at], e.prompts.verifier) for at, _, one in said])
-
-
-def _judged(answer: Completion, prompt: Prompt, default: str) -> Finding:
-    """What the verifier says; an answer that was cut off before it could be judged is wrong, as in pass rates."""
-    found = verify(answer.text, prompt, default)
-    if found.verdict == Verdict.UNDECIDED and answer.finish == LENGTH:
-        return dataclasses.replace(found, verdict=Verdict.WRONG)
-    return found
+        default = e.prompts.verifier
+        return accuracy(
+            [verify(one.text, self._prompts[at], default, cut_off=one.finish == LENGTH) for at, _, one in said]
+        )
 
 
 def heldout_prompts(built: Built) -> list[Prompt]:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdjax.build import DTYPES, Asked, Built
+from kdjax.build import Asked, Built, student_speaker
 from kdjax.checkpoint import agreed
 from kdjax.config import Experiment, fingerprint
 from kdjax.curation.batches import weigh_batch
@@ -26,12 +26,11 @@ from kdjax.data import Rows, fed_places, heldout_batches, to_batch
 from kdjax.data.pipeline import Columns
 from kdjax.data.responses import answer_rows
 from kdjax.evals.heldout import make_eval_step
-from kdjax.generation.batching import STOP, rollouts, speaker
+from kdjax.generation.batching import STOP, rollouts
 from kdjax.generation.sampling import Sampling
 from kdjax.run_log import write_whole
 from kdjax.schedules import make_schedule
 from kdjax.sharding import Rules
-from kdjax.teacher.apart import share_devices
 from kdjax.types import Params
 from kdjax.verifiers import Verdict, verify
 
@@ -204,16 +203,14 @@ class OwnAnswers:
         return dataclasses.replace(base, right=right, tried=tried, undecided=0 * right, truncated=0 * right)
 
     def _verdicts(self, prompts: Sequence[int], answers: Sequence[Answer]) -> list[str] | None:
-        """What the verifiers say; None if some prompt has none. Cut off and undecided is wrong, as in `curation`."""
+        """What the verifiers say; None if some prompt has none."""
         default = self._e.prompts.verifier
         if not all(self._asked.train[prompt].verifier or default for prompt in prompts):
             return None
-        found = []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            verdict = verify(answer.text, self._asked.train[prompt], default).verdict
-            cut_off = verdict == Verdict.UNDECIDED and not answer.finished
-            found.append(str(Verdict.WRONG if cut_off else verdict))
-        return found
+        return [
+            str(verify(answer.text, self._asked.train[prompt], default, cut_off=not answer.finished).verdict)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
 
     def _store(
         self,
@@ -274,13 +271,11 @@ def own_answers(built: Built, workdir: Path) -> OwnAnswers | None:
 
 
 def _writer(built: Built, asked: Asked) -> Writer:
-    g, e = built.experiment.generation, built.experiment
+    g = built.experiment.generation
     settings = Sampling(g.temperature, g.top_p, g.top_k, g.min_p)
-    rules, _ = share_devices(e)
 
     def write(params: Params, prompts: Sequence[int], seed: int) -> list[Answer]:
-        dtype = DTYPES[e.student.compute_dtype]
-        model = speaker(built.student_cfg, params, built.tokenizer, rules=rules, compute_dtype=dtype)
+        model = student_speaker(built, params)
         unique = list(dict.fromkeys(prompts))  # a prompt that comes twice in a block has two samples
         counts = [prompts.count(prompt) for prompt in unique]
         found = rollouts(

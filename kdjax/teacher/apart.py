@@ -1,7 +1,7 @@
 """A teacher on devices of its own: it reads the next batch while the student learns from this one.
 
-Only token ids go to it and only hidden states come back, never logits; the part of the vocabulary that a position needs
-is multiplied out where the student is, by the teacher's head, of which a copy lives there.
+The rows go to it, a few bytes a token, and hidden states come back, never logits; what a position needs of the
+vocabulary is multiplied out where the student is, by the teacher's head, of which a copy lives there.
 """
 
 import dataclasses

@@ -1,5 +1,6 @@
 """Is this answer right? Three-valued verifiers, found by name."""
 
+import dataclasses
 import importlib.metadata
 import os
 from collections.abc import Iterable
@@ -28,9 +29,10 @@ VERIFIERS: dict[str, Verifier] = {
 }
 
 
-def verify(response: str, prompt: Prompt, default: str = "") -> Finding:
+def verify(response: str, prompt: Prompt, default: str = "", *, cut_off: bool = False) -> Finding:
     """What the prompt's own verifier says of a response, or the one called `default` (prompts.verifier).
 
+    cut_off: the response reached the length limit; then what cannot be told is wrong, as `curation.pass_rates` counts.
     Raises ValueError that names the prompt if it has no verifier or lacks what that reads.
     """
     name = prompt.verifier or default
@@ -40,7 +42,10 @@ def verify(response: str, prompt: Prompt, default: str = "") -> Finding:
             + registry.did_you_mean("", VERIFIERS)
         )
     where = f'"verifier" of prompt {prompt.id!r}' if prompt.verifier else "prompts.verifier"
-    return registry.lookup(VERIFIERS, name, where)(response, prompt)
+    found = registry.lookup(VERIFIERS, name, where)(response, prompt)
+    if cut_off and found.verdict == Verdict.UNDECIDED:
+        return dataclasses.replace(found, verdict=Verdict.WRONG)
+    return found
 
 
 def check_prompts(prompts: Iterable[Prompt], default: str = "") -> None:

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from kdjax.build import build
+from kdjax.build import build, student_speaker
 from kdjax.config import default_config, from_config_dict
 from kdjax.data.responses import prompt_ids
 from kdjax.evals.evaluation import Evaluation
-from kdjax.generation import complete
+from kdjax.generation import Sampling, complete, rollouts
 from kdjax.generation.batching import Completion
 from kdjax.run.heldout import Heldout, heldout_prompts
-from kdjax.verifiers import Finding, Verdict, verify
+from kdjax.verifiers import VERIFIERS, Finding, Verdict, verify
 
 
 def experiment(tmp_path, **fields):
@@ -40,9 +40,9 @@ def test_answers_are_the_likeliest_and_verified(tmp_path, monkeypatch):
     built = build(experiment(tmp_path))
     seen = []
 
-    def watched(response, prompt, default=""):
+    def watched(response, prompt, default="", *, cut_off):
         seen.append((prompt.id, response))
-        return verify(response, prompt, default)
+        return verify(response, prompt, default, cut_off=cut_off)
 
     monkeypatch.setattr("kdjax.run.heldout.verify", watched)
     found = Heldout(built)(built.student_params)
@@ -67,7 +67,7 @@ def test_an_answer_that_is_cut_off_and_undecided_is_wrong(tmp_path, monkeypatch,
     monkeypatch.setattr(
         "kdjax.run.heldout.rollouts", lambda *_, **__: iter([(0, 0, Completion("7 or 8", (1,), -1.0, finish))])
     )
-    monkeypatch.setattr("kdjax.run.heldout.verify", lambda *_: Finding(Verdict.UNDECIDED, "7 or 8"))
+    monkeypatch.setitem(VERIFIERS, "numeric", lambda *_: Finding(Verdict.UNDECIDED, "7 or 8"))
     answers = Heldout(built)(built.student_params).answers
     assert {"wrong": answers.wrong, "undecided": answers.undecided}[verdict] == 1
     assert answers.right + answers.wrong + answers.undecided == 1
@@ -86,3 +86,18 @@ def test_more_than_there_are(tmp_path):
     built = build(experiment(tmp_path, **{"eval.prompts": 50}))
     with pytest.raises(ValueError, match=r"^eval\.prompts must be at most the \d+ prompts that are held out, got 50"):
         Heldout(built)
+
+
+def test_a_student_speaks_by_its_own_rules_where_the_teacher_has_others(tmp_path):
+    """The step splits rows as the teacher does then; the student's weights do not lie that way."""
+    fields = {"mesh.preset": "fsdp_tp", "mesh.shape": "data:2,model:2", "teacher.preset": "dp"}
+    built, alone = build(experiment(tmp_path, **fields)), build(experiment(tmp_path))
+    assert not built.rules.preset.tensor
+    model = student_speaker(built, built.student_params)
+    assert model.rules.preset.tensor
+    prompts, settings = [[5, 6, 7], [8, 9]], Sampling(temperature=0)
+    said = [
+        sorted((at, one.tokens) for at, _, one in rollouts(who, prompts, 1, settings, new_tokens=4, batch_size=2))
+        for who in (model, student_speaker(alone, alone.student_params))
+    ]
+    assert said[0] == said[1]
