@@ -193,6 +193,19 @@ RULES = [
     ("on_policy.reuse", 0, COUNT, [1]),
     ("on_policy.truncated", "cut", "must be 'keep' or 'drop'", ["drop"]),
     ("on_policy.alarms", "loud", "must be 'warn' or 'stop' or 'off'", ["off"]),
+    ("answers.question_share", 1.5, "must be in [0, 1]", [0.0, 1.0]),
+    ("answers.groups", 0, COUNT, [1]),
+    ("answers.group", 0, COUNT, [5]),
+    ("answers.small_pool", "drop", "must be 'nearest' or 'official'", ["nearest", "official"]),
+    ("answers.alignment", "next", "must be 'token' or 'predictor'", ["token", "predictor"]),
+    ("answers.trailing", "cut", "must be 'drop' or 'keep'", ["drop", "keep"]),
+    ("answers.duplicates", "last", "must be 'first' or 'all'", ["first", "all"]),
+    ("answers.identical", "last", "must be 'first' or 'all'", ["first", "all"]),
+    ("answers.loops", 0.0, "must be in (0, 1]", [1.0]),
+    ("answers.truncated", "cut", "must be 'drop' or 'keep'", ["drop", "keep"]),
+    ("answers.candidates", -1, NOT_NEGATIVE, [0]),
+    ("answers.rescore_every", -1, NOT_NEGATIVE, [0]),
+    ("answers.restart", "all", "must be '' or 'optimiser' or 'weights'", [""]),
     ("pass_rates.alpha", -1.0, NOT_NEGATIVE, [0.0]),
     ("pass_rates.beta", -1.0, NOT_NEGATIVE, [0.0]),
     ("pass_rates.normalise", "mean", "must be 'none' or 'dataset_mean'", ["none", "sample"]),
@@ -303,6 +316,27 @@ def test_prompts_and_what_needs_them(fields, message):
     assert stages.on_policy.fraction == ("step", 0.0, 1.0, 5.0)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"answers__group": 6}, "answers.group must be at most answers.groups=5, got 6."),
+        ({"answers__pool": ()}, "answers.pool must name files of answers with prompts.answers='pool', got ();"),
+        ({"answers__policy": "teacher"}, "answers.teacher must be set with answers.policy='teacher', got ''."),
+        (
+            {"answers__rescore_every": 5, "answers__policy": "random"},
+            "answers.rescore_every must be 0 unless answers are chosen from a pool by their score, got 5 with",
+        ),
+        ({"answers__restart": "weights"}, "answers.restart must be '' without answers.rescore_every, got 'weights';"),
+        ({"prompts__path": ""}, "prompts.path must name prompts, got ''; prompts.answers is set"),
+    ],
+)
+def test_answers_are_chosen_from_a_pool(fields, message):
+    pool = {"prompts__path": "arith", "prompts__answers": "pool", "answers__pool": ("a.jsonl",)}
+    assert made(**pool, answers__rescore_every=5, answers__restart="weights").answers.pool == ("a.jsonl",)
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        made(**(pool | fields))
+
+
 def test_a_teacher_has_its_own_devices_only_where_it_runs():
     assert made(teacher__devices=2, teacher__shape="data:2").teacher.devices == 2
     with pytest.raises(ValueError, match="^teacher.devices must be 0 with teacher.source='cache', got 2; "):
@@ -334,7 +368,7 @@ def test_the_fingerprint_sees_what_shapes_the_run_and_nothing_else(path):
     def replaced(node, parts):
         first, *rest = parts
         value = getattr(node, first)
-        changed = replaced(value, rest) if rest else ("x",) if first == "stop" else other(value)
+        changed = replaced(value, rest) if rest else ("x",) if first in ("stop", "pool") else other(value)
         return dataclasses.replace(node, **{first: changed})
 
     same = fingerprint(replaced(Experiment(), path.split("."))) == fingerprint(Experiment())

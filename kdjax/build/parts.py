@@ -1,7 +1,7 @@
 """The parts of the step from an `Experiment` and shapes alone."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -20,11 +20,6 @@ from kdjax.sharding import Rules
 from kdjax.step import LanguageModel, StepParts
 from kdjax.teacher.classes import CLASSES, make_class_sampler
 from kdjax.types import Array, Batch, Head, Params, TeacherHidden, TeacherText, gather_slots
-
-if TYPE_CHECKING:
-    pass
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -135,7 +130,16 @@ def language_model(
     def head(params: Params) -> Head:
         return dataclasses.replace(models.head(cfg, params, compute_dtype=compute_dtype), vocab_size=vocab)
 
-    return LanguageModel(hidden, head, rules.storage_spec(spec.axes, spec.shape))
+    def shared(params: Params, *row: Array, **parts: Any) -> tuple[Array, Array]:
+        inputs = [rules.reshard(a, rules.batch_spec(2)) for a in row]
+        run = models.hidden_and_states
+        found, states = run(cfg, params, *inputs, rules=rules, compute_dtype=compute_dtype, **parts)
+        if split_rows.batch_axes != rules.batch_axes:
+            found, states = (split_rows.reshard(a, split_rows.batch_spec(3)) for a in (found, states))
+        return found, states
+
+    storage = rules.storage_spec(spec.axes, spec.shape)
+    return LanguageModel(hidden, head, storage, shared=shared if models.shares_prefixes(cfg) else None)
 
 
 def reads_its_own(model: LanguageModel, rows: Rules) -> LanguageModel:

@@ -19,6 +19,7 @@ import ml_collections
 
 from kdjax.config.rules import RULES, check
 from kdjax.config.schema import (
+    Answers,
     Cache,
     Checkpoint,
     Classes,
@@ -46,6 +47,7 @@ from kdjax.registry import did_you_mean
 
 __all__ = [
     "RULES",
+    "Answers",
     "Cache",
     "Checkpoint",
     "Classes",

@@ -90,6 +90,19 @@ RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "pass_rates.prior": (lambda v: v > 0, "positive", "Beta(0, 0) is no distribution"),
     "pass_rates.discount": (lambda v: 0 <= v <= 1, "in [0, 1]", "it is a factor, 1 counts all rounds alike"),
     "pass_rates.fallback": (*_one_of("error", "uniform"), "see PassRates"),
+    "answers.question_share": (lambda v: 0 <= v <= 1, "in [0, 1]", "it is the lambda of SCAS"),
+    "answers.groups": _COUNT,
+    "answers.group": _COUNT,
+    "answers.small_pool": (*_one_of("nearest", "official"), "see Answers"),
+    "answers.alignment": (*_one_of("token", "predictor"), "see Answers"),
+    "answers.trailing": (*_one_of("drop", "keep"), "see Answers"),
+    "answers.duplicates": (*_one_of("first", "all"), "see Answers"),
+    "answers.identical": (*_one_of("first", "all"), "see Answers"),
+    "answers.loops": (lambda v: 0 < v <= 1, "in (0, 1]", "it is a share of the words, 1 leaves none out"),
+    "answers.truncated": (*_one_of("drop", "keep"), "see Answers"),
+    "answers.candidates": (*_at_least(0), "0 means all"),
+    "answers.rescore_every": _OR_OFF,
+    "answers.restart": (*_one_of("", "optimiser", "weights"), "see Answers"),
     "served.concurrency": _COUNT,
     "served.timeout": (lambda v: v > 0, "positive", "it is a number of seconds"),
     "served.retries": (*_at_least(0), "0 gives up at once"),
@@ -193,6 +206,7 @@ def _check_prompts(e: Experiment) -> None:
             f"teacher.privileged must hold {{answer}}, got {e.teacher.privileged!r}; without it the teacher knows no "
             "more than the student. Write {question} and {answer} into it."
         )
+    _check_answers(e)
     if e.prompts.path and (e.samples.fraction < 1 or e.cache.superset):
         which, value = "samples.fraction", e.samples.fraction
         if value == 1:
@@ -200,4 +214,28 @@ def _check_prompts(e: Experiment) -> None:
         raise ValueError(
             f"{which} must keep its default with prompts.path, got {value}; prompts have weights of their own, from "
             "pass rates. Leave it out."
+        )
+
+
+def _check_answers(e: Experiment) -> None:
+    """The pool is there where answers are chosen from it."""
+    a = e.answers
+    if a.group > a.groups:
+        raise ValueError(f"answers.group must be at most answers.groups={a.groups}, got {a.group}. Lower it.")
+    if e.prompts.answers == "pool" and not a.pool:
+        raise ValueError(
+            "answers.pool must name files of answers with prompts.answers='pool', got (); there is nothing to choose "
+            "from. Set it to the teachers' *.jsonl, or to directories of launch.generate."
+        )
+    if a.policy == "teacher" and not a.teacher:
+        raise ValueError("answers.teacher must be set with answers.policy='teacher', got ''. Name one of the pool.")
+    if a.rescore_every and (e.prompts.answers != "pool" or a.policy not in ("group", "best")):
+        raise ValueError(
+            "answers.rescore_every must be 0 unless answers are chosen from a pool by their score, got "
+            f"{a.rescore_every} with prompts.answers={e.prompts.answers!r} and answers.policy={a.policy!r}. Set "
+            "it to 0."
+        )
+    if a.restart and not a.rescore_every:
+        raise ValueError(
+            f"answers.restart must be '' without answers.rescore_every, got {a.restart!r}; there is one choice. Set it."
         )

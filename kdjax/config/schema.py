@@ -116,9 +116,8 @@ class Prompts:
     instruction: str = ""  # follows every question
     verifier: str = ""  # of those that name none (`kdjax/verifiers`)
     heldout_fraction: float = 0.2  # of the questions, kept for evaluation
-    answers: str = (
-        ""  # to train on: gold | a directory of launch.generate | "" = data.path's text, or own answers alone
-    )
+    # to train on: gold | pool | a directory of launch.generate | "" = data.path's text, or own answers alone
+    answers: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +161,32 @@ class PassRates:
     rollouts: str = ""  # answers to count, relative to the workdir; "" = "rollouts", which launch.curate fills
     fallback: str = "error"  # if all weights are 0: error | uniform
     seed: int = 0  # shuffled: of the permutation; normalise "sample": of the draws
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Which teacher's verified answer to a question is trained on, with prompts.answers "pool" (`curation/answers`)."""
+
+    pool: tuple[str, ...] = ()  # *.jsonl of a teacher or with a "teacher" column | directories of these, of rollouts
+    policy: str = "group"  # group | best | random | all | shortest | longest | strongest | teacher | mix
+    score: str = "scas"  # group, best: what an answer costs the student, see curation/answers/scores.py
+    question_share: float = 0.5  # scas: lambda, the weight of the answer's part with the question
+    groups: int = 5  # of cost, a question's answers are split into
+    group: int = 1  # group: which of them an answer is drawn from, 1 = of the lowest cost
+    teacher: str = ""  # teacher: whose answers
+    small_pool: str = "nearest"  # fewer answers than groups: nearest: the first that has one | official: no answer
+    tap: str = ""  # scas: the activations; "" = of the last block's up-projection
+    alignment: str = "token"  # scas: of activations: token: where it is read | predictor: where it is predicted
+    trailing: str = "drop"  # what the template writes after an answer: drop | keep
+    duplicates: str = "first"  # rows of one teacher for one question: first | all
+    identical: str = "first"  # equal texts of several teachers: first | all
+    loops: float = 0.5  # an answer with more than this share of repeated words is left out; 1 = none is
+    truncated: str = "drop"  # answers that do not fit into data.seq_len: drop | keep, cut off
+    candidates: int = 0  # of each question so many are scored, drawn at random; 0 = all
+    rescore_every: int = 0  # steps after which the student as it is then chooses anew; 0 = never
+    restart: str = ""  # what begins anew with each choice: "" = nothing | optimiser | weights, and the optimiser
+    official: bool = False  # all that the released code does otherwise, at once
+    seed: int = 42  # of the draws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,6 +301,7 @@ class Experiment:
     generation: Generation = Generation()
     on_policy: OnPolicy = OnPolicy()
     pass_rates: PassRates = PassRates()
+    answers: Answers = Answers()
     served: Served = Served()
     loss: Loss = Loss()
     optim: Optim = Optim()
