@@ -1,9 +1,10 @@
 """Answers to prompts: python -m launch.generate --config=configs/tasks/arith.py --model=student --samples=8 --out=DIR
 
 The prompts are those of prompts.*, the settings those of generation.*. --model: the student of the config, that of a
-run (--workdir), the teacher, or a served one behind an OpenAI-compatible endpoint (served.*; its key is in the
-environment variable that served.api_key_env names). Can be stopped and started again at any time, also with more
---samples or another generation.batch_size: what is there stays, what failed is tried again.
+run (--workdir), the teacher, a served one behind an OpenAI-compatible endpoint (served.*; its key is in the environment
+variable that served.api_key_env names), or a script that knows the answers to "arith" (--style). Can be stopped and
+started again at any time, also with more --samples or another generation.batch_size: what is there stays, what failed
+is tried again.
 """
 
 import shlex
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from kdjax.generation.generate import Source, Summary
 
 app.define_config()
-flags.DEFINE_enum("model", "student", ["student", "teacher", "served"], "Who answers.")
+flags.DEFINE_enum("model", "student", ["student", "teacher", "served", "scripted"], "Who answers.")
+flags.DEFINE_string("style", "sentence", "--model=scripted: the manner of the answers, see kdjax/data/styles.py.")
 flags.DEFINE_enum("split", "train", ["train", "heldout", "all"], "Which prompts, by prompts.heldout_fraction.")
 flags.DEFINE_integer("samples", None, "Answers per prompt; default: generation.samples.", lower_bound=1)
 flags.DEFINE_string("step", "", "--workdir: which checkpoint: a step, 'best', or '' for the newest.")
@@ -71,6 +73,12 @@ def who(e: "Experiment", prompts: list["Prompt"]) -> tuple["Source", dict[str, A
         depends = identity(f"served: {e.served.model}", "", prompts, e.generation, e.data)
         asked = {name: getattr(e.served, name) for name in ("top_logprobs", "prompt_logprobs")}
         return source, depends | asked, e.served.model
+
+    if flags.FLAGS.model == "scripted":
+        from kdjax.generation.generate import identity, of_script
+
+        name = f"scripted: {flags.FLAGS.style}"
+        return of_script(prompts, flags.FLAGS.style), identity(name, "", prompts, e.generation, e.data), name
 
     from kdjax import offline
     from kdjax.build import build, load_experiment

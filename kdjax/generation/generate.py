@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdjax import config
+from kdjax import config, registry
 from kdjax.data.prompts import Prompt, fingerprint, messages
 from kdjax.data.responses import prompt_ids
+from kdjax.data.styles import STYLES, scripted
 from kdjax.generation import served
 from kdjax.generation.batching import Speaker, rollouts
 from kdjax.generation.sampling import Sampling
-from kdjax.generation.store import FAILED, LENGTH, Rollout, open_store, read_rollouts
+from kdjax.generation.store import FAILED, LENGTH, STOP, Rollout, open_store, read_rollouts
 
 Asked = Sequence[tuple[int, int]]  # (number of the prompt, number of the sample)
 OnAnswer = Callable[[Rollout, int], None]  # (answer, how many tokens it has)
@@ -138,6 +139,18 @@ def of_server(
     def source(asked: Asked, on_answer: OnAnswer) -> None:
         asks = [served.Ask(prompts[number].id, sample, shown[number]) for number, sample in asked]
         served.answer(asks, settings, generation, on_answer)
+
+    return source
+
+
+def of_script(prompts: Sequence[Prompt], style: str) -> Source:
+    """A scripted teacher (`data/styles.py`). Raises ValueError for an unknown style, or a question it cannot answer."""
+    write = registry.lookup(STYLES, style, "--style")
+    said = [scripted(prompt, write) for prompt in prompts]
+
+    def source(asked: Asked, on_answer: OnAnswer) -> None:
+        for number, sample in asked:
+            on_answer(Rollout(prompts[number].id, sample, said[number], STOP), len(said[number].split()))
 
     return source
 

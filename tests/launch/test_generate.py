@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -115,6 +116,14 @@ def test_the_student_of_a_run(call, typed, tmp_path):
     call("generate", *typed("a", f"--workdir={tmp_path / 'run'}", "--samples=1"))
     assert answers(tmp_path / "a")
     assert read_manifest(tmp_path / "a")["made"]["model"] == f"the student of {tmp_path / 'run'}, step 1"
+
+
+def test_a_script_answers(call, typed, tmp_path):
+    call("generate", *typed("a", "--model=scripted", "--style=equation", "--samples=1"))
+    assert all(re.fullmatch(r"(\d+) \+ \1 = \d+", one.response) for one in answers(tmp_path / "a").values())
+    assert read_manifest(tmp_path / "a")["depends"]["model"] == "scripted: equation"
+    with pytest.raises(ValueError, match="^--style must be a known name .*, got 'poem'. Known: bare, "):
+        call("generate", *typed("b", "--model=scripted", "--style=poem"))
 
 
 def test_kill_9_loses_and_repeats_nothing(call, typed, tmp_path):
