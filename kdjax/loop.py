@@ -22,17 +22,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
-from kdjax.build import Built, samples_basis
+from kdjax.build import Built
 from kdjax.checkpoint import Checkpoints, abstract_like, agreed, config_difference, require_same, require_shared
 from kdjax.config import Experiment, fingerprint, trajectory
-from kdjax.curation import Scorer, keep, load_samples, make_scorer, overlap, positions_of, write_samples
-from kdjax.curation.batches import weigh_batch
-from kdjax.data import Rows, as_batch, fed_places, on_mesh, take, train_iterator
+from kdjax.data import as_batch, on_mesh
 from kdjax.data.pipeline import Columns
 from kdjax.evals.evaluation import Evaluation
 from kdjax.run.heldout import Heldout
 from kdjax.run.own_answers import OwnAnswers, own_answers
 from kdjax.run.report_data import write_after, write_before
+from kdjax.run.rows import RowChoice, restarted
 from kdjax.run_log import Progress, RunLog
 from kdjax.sharding import Rules
 from kdjax.step import StepReport, feed_step, init_state, make_train_step
@@ -133,75 +132,6 @@ def restore(built: Built, workdir: Path, step: str = "") -> tuple[TrainState, in
         return checkpoints.restore(abstract_like(fresh_state(built)), run_identity(built), which)
 
 
-class RowChoice:
-    """Which rows the run trains on: those of `built.train`, chosen anew every `samples.rescore_every` steps."""
-
-    def __init__(self, built: Built, workdir: Path, own: OwnAnswers | None = None) -> None:
-        self._built, self._workdir, self._own = built, workdir, own
-        self._every = built.experiment.samples.rescore_every
-        self._scorer: Scorer | None = None
-        self._now = built.train
-
-    def due(self, step: int) -> bool:
-        """Whether the student of this step is to choose for the next ones."""
-        return self._every > 0 and step % self._every == 0 and step < self._built.experiment.train.steps
-
-    def iterator(self, step: int) -> Any:
-        """Batches as they follow after `step`, of the rows that hold then."""
-        self._now = self._rows(self._phase(step))
-        return self._batches(step)
-
-    def choose(self, step: int, params: Params) -> tuple[Any, float]:
-        """(batches of the rows that this student keeps, the share of the rows so far that it keeps)."""
-        built, e = self._built, self._built.experiment
-        if self._scorer is None:
-            size = e.train.batch_size // e.train.accumulate
-            self._scorer = make_scorer(built.parts.student, built.parts.teacher, e.samples, built.rules, size)
-        every = built.data.train
-        scores = self._scorer(params, built.teacher_params, every)
-        kept = keep(scores, e.samples.fraction)
-        shared = overlap(self._now.row_id, every.row_id[kept])
-        basis = samples_basis(built)
-        if jax.process_index() == 0:
-            write_samples(self._folder(self._phase(step)), basis, every, scores, kept, {"step": step})
-        self._now = take(every, kept)
-        return self._batches(step), shared
-
-    def _phase(self, step: int) -> int:
-        """How often rows were chosen anew before the step that follows; after the last step none is."""
-        return min(step, self._built.experiment.train.steps - 1) // self._every if self._every else 0
-
-    def _batches(self, step: int) -> Any:
-        e, phase = self._built.experiment, self._phase(step)
-        return train_iterator(
-            self._now,
-            e.train.batch_size,
-            e.train.seed,
-            phase=phase,
-            start=step - phase * self._every if self._own is None else self._own.others_before(step),
-            fed=fed_places(self._built.rules, e.train.batch_size, e.train.accumulate),
-            teacher=self._teacher(),
-            choose=None if self._built.text is None else self._built.text.choose,
-            weigh=weigh_batch(e.pass_rates),
-        )
-
-    def _teacher(self) -> Any:
-        """What reads the teacher's columns of a batch."""
-        if self._built.cache is not None:
-            return self._built.cache.columns
-        text = {} if self._built.text is None else self._built.text.teacher
-        return (lambda ids, *_: {name: column[ids] for name, column in text.items()}) if text else None
-
-    def _rows(self, phase: int) -> Rows:
-        if phase == 0:
-            return self._built.train
-        every = self._built.data.train
-        return take(every, positions_of(load_samples(self._folder(phase)), every))
-
-    def _folder(self, phase: int) -> Path:
-        return self._workdir / "rescored" / f"step-{phase * self._every}"
-
-
 @dataclasses.dataclass
 class _Running:
     """The moving parts of one run."""
@@ -212,7 +142,7 @@ class _Running:
     checkpoints: Checkpoints
     identity: str
     data: Any
-    rows: "RowChoice"
+    rows: RowChoice
     stop_asked: Callable[[], bool]
     own: OwnAnswers | None = None
     evaluation: Evaluation | None = None
@@ -246,8 +176,9 @@ class _Running:
             interrupted = self.stop_asked() and step < total
             if self.rows.due(step):
                 window.settle()
-                self.data, overlap = self.rows.choose(step, state.params)
-                self.log.write(step, {"kept_overlap": overlap})
+                self.data, figures = self.rows.choose(step, state.params)
+                self.log.write(step, figures)
+                state = restarted(state, self.built)
                 window.restart_clock()
             evaluate_now = step == total or (e.eval.every > 0 and step % e.eval.every == 0)
             if evaluate_now or interrupted or step % e.checkpoint.every == 0:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from kdjax import config as schema
 from kdjax import registry
 from kdjax.build import DTYPES, Built, build_chooser, cache_identity, check_cached, student_speaker
 from kdjax.curation import params_fingerprint
-from kdjax.curation.teacher_pass import TeacherPass
+from kdjax.curation.served_cache import served_recorder
+from kdjax.curation.teacher_pass import TeacherPass, make_recorder
 from kdjax.data import Rows
 from kdjax.data.prompts import Prompt
 from kdjax.generation import speaker
@@ -22,16 +23,17 @@ from kdjax.generation.generate import Source, Summary, generate, identity, of_mo
 from kdjax.models import tokenizer as tokenizers
 from kdjax.run_log import Progress
 from kdjax.teacher.apart import share_devices
-from kdjax.teacher.cache import CacheWriter, Header, create_or_open, rows_digest
+from kdjax.teacher.cache import CacheWriter, Header, RowRecord, create_or_open, rows_digest
 from kdjax.types import Params
 
 
 def teacher_pass(built: Built) -> TeacherPass:
     """What `launch.cache_teacher` computes of a row. Raises ValueError if the config describes no cache."""
     e, parts = built.experiment, built.parts
-    check_cached(e, parts.chooser)
     if parts.teacher is None or parts.classes is None or built.teacher is None:
-        raise ValueError("teacher.path must be set, got ''; there is nothing to cache. Name a model.")
+        raise ValueError(
+            "teacher.path must be set, got ''; there is nothing to cache. Name a model, or set served.top_logprobs."
+        )
     tau = e.loss.tau
     positions = schema.Selection(policy="all")
     if e.cache.superset:
@@ -48,11 +50,22 @@ def teacher_pass(built: Built) -> TeacherPass:
     )
 
 
+def cache_recorder(built: Built) -> Callable[[Rows], Iterator[RowRecord]]:
+    """recorder(rows) -> a `RowRecord` per row: by the teacher, or from what a server said.
+
+    Raises ValueError if the config describes no cache.
+    """
+    check_cached(built.experiment, built.parts.chooser)
+    if built.text is not None and built.text.speaker is not None:
+        return served_recorder(built.text.said, built.experiment.classes.entries, built.vocab_size)
+    return make_recorder(teacher_pass(built), built.teacher_params, built.student_params)
+
+
 def open_writer(built: Built, rows: Rows, path: str, command: str) -> CacheWriter:
     """The cache of these rows at `path`, begun now or before; `command` is kept in it for people."""
-    e = built.experiment
+    e, header_of = built.experiment, cache_identity(built)
     header = Header(
-        **cache_identity(built),
+        **header_of,
         student=params_fingerprint(built.student_params) if e.cache.superset else "",
         entropy=e.cache.entropy,
         label_logp=e.cache.label_logp,
@@ -62,7 +75,7 @@ def open_writer(built: Built, rows: Rows, path: str, command: str) -> CacheWrite
         made={
             "kdjax": kdjax.__version__,
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "teacher": "" if built.teacher is None else built.teacher.source,
+            "teacher": header_of["teacher"] if built.teacher is None else built.teacher.source,
             "command": command,
             "corpus_tokens": int((built.data.train.segment_ids > 0).sum()),
             "config": json.loads(json.dumps(dataclasses.asdict(e))),
@@ -77,7 +90,7 @@ def to_answer(experiment: schema.Experiment, *, teacher: bool = False) -> schema
     Answers that are trained on may not be there yet; a teacher from which no student is cut need not be loaded.
     """
     e = dataclasses.replace(experiment, on_policy=schema.OnPolicy())
-    e = dataclasses.replace(e, prompts=dataclasses.replace(e.prompts, answers=""))
+    e = dataclasses.replace(e, prompts=dataclasses.replace(e.prompts, answers=""), served=schema.Served())
     if teacher or e.student.init.kind == "cut":
         return e
     data = dataclasses.replace(e.data, tokenizer=e.data.tokenizer or e.teacher.path)

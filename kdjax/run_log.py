@@ -132,7 +132,7 @@ class Progress:
         self._printed: float | None = None
         self._width = 0
 
-    def update(self, step: int, *, tokens_per_second: float, **figures: float) -> None:
+    def update(self, step: int, *, tokens_per_second: float | None = None, **figures: float) -> None:
         """Show `step` as done, with `figures` by name. Plain lines: the first, the last, and one every now and then."""
         now = time.monotonic()
         due = self._printed is None or now - self._printed >= self._every or step >= self._total
@@ -141,10 +141,8 @@ class Progress:
         done = step - self._from
         left = (now - self._start) / done * (self._total - step) if done > 0 else math.nan
         shown = "".join(f"{name.replace('_', ' ')} {value:.4g}  " for name, value in figures.items())
-        text = (
-            f"{step:>{len(str(self._total))}}/{self._total}  {shown}{tokens_per_second:,.0f} tokens/s  "
-            f"ETA {duration(left)}"
-        )
+        rate = "" if tokens_per_second is None else f"{tokens_per_second:,.0f} tokens/s  "
+        text = f"{step:>{len(str(self._total))}}/{self._total}  {shown}{rate}ETA {duration(left)}"
         self._printed = now
         if self._terminal:
             filled = BAR_WIDTH * min(step, self._total) // max(self._total, 1)

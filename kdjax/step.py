@@ -57,12 +57,15 @@ class LanguageModel:
     hidden(params, batch) -> [B, T, D] after the final norm. head(params) -> Head with its weight as it is stored;
     head_spec: how that weight is stored on the mesh. feed: what a batch goes through before a compiled function that
     runs this model; a teacher on devices of its own does its work there.
+    shared(params, tokens, segment_ids, positions, question=, answers=, tap=) -> hidden [B, T, D] and tapped states
+    [B, T, F] of rows of one question and many answers, see models/shared_prefix.py; None = the model has no such rows.
     """
 
     hidden: Callable[[Params, Batch], Array]
     head: Callable[[Params], Head]
     head_spec: P = P()
     feed: Callable[[Batch], Batch] = lambda batch: batch
+    shared: Callable[..., tuple[Array, Array]] | None = None
 
 
 def side_specs(model: LanguageModel, rules: Rules) -> tuple[P, P]:

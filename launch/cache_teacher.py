@@ -3,6 +3,8 @@
 Writes the entries that classes.* describes, at the rows that samples.* keeps, to <workdir>/cache or cache.path. Can be
 stopped and started again at any time. Several processes can share the work: with a mesh over the devices of all
 (launch/processes.py), or each with a teacher of its own and at its own time (--process_index, --process_count).
+With served.top_logprobs and prompts.answers=<the --out of launch.generate --model=served> no teacher runs: the entries
+are what the server listed at the tokens of these answers.
 --inspect=runs/x/cache [--verify=100]: what a cache holds and takes; with --verify all its bytes are checked, and that
 many rows are run through the teacher again and compared.
 """
@@ -74,8 +76,8 @@ def main() -> int | None:
 
 def fill(built: "Built", rows: "Rows", writer: "CacheWriter") -> None:
     """Write the shards of this process that are missing, with progress; say what they took."""
-    from kdjax.curation.teacher_pass import make_recorder, write_shards
-    from kdjax.offline import teacher_pass
+    from kdjax.curation.teacher_pass import write_shards
+    from kdjax.offline import cache_recorder
     from kdjax.run_log import Progress
     from kdjax.teacher.cache import open_cache
 
@@ -87,7 +89,7 @@ def fill(built: "Built", rows: "Rows", writer: "CacheWriter") -> None:
     if len(shards) < len(own):
         processes.say(f"{writer.directory}: {len(own) - len(shards)} of {len(own)} shards are there, the rest follows")
     total = sum(len(writer.rows(shard)) for shard in shards)
-    recorder = make_recorder(teacher_pass(built), built.teacher_params, built.student_params)
+    recorder = cache_recorder(built)
     progress, start, done, tokens = Progress(total, unit="row"), time.perf_counter(), 0, 0
 
     def on_row(count: int) -> None:
@@ -198,9 +200,9 @@ def compare(reader: "CacheReader", wanted: int) -> int:
 
     from kdjax.build import build, cache_identity
     from kdjax.config import from_config_dict
-    from kdjax.curation.teacher_pass import make_recorder, rows_of_a_group
+    from kdjax.curation.teacher_pass import rows_of_a_group
     from kdjax.data import eligible, take
-    from kdjax.offline import teacher_pass
+    from kdjax.offline import cache_recorder
     from kdjax.teacher.cache.header import differences
 
     config = flags.FLAGS.config or ml_collections.ConfigDict(reader.header.made["config"])
@@ -208,7 +210,7 @@ def compare(reader: "CacheReader", wanted: int) -> int:
     different = differences(reader.header, cache_identity(built))
     if different:
         raise ValueError(f"{reader.directory} must be of this teacher and config: {'; '.join(different)}.")
-    recorder = make_recorder(teacher_pass(built), built.teacher_params, built.student_params)
+    recorder = cache_recorder(built)
     size = rows_of_a_group(reader.header.seq_len) * built.rules.batch_shards
     groups = _groups(reader, size)
     order = np.random.default_rng(0).permutation(len(groups))

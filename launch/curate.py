@@ -11,7 +11,12 @@ each prompt gets a weight by its pass rate (pass_rates.weight). <workdir> then h
 pass_rates.jsonl and weights.jsonl. Run again after a kill, it goes on with the answer or the verdict that is missing.
 --add: other workdirs whose pass rates, of other seeds, are added. --earlier: those of the student as it was before,
 oldest first, for estimators of a rate that moves. --snr=32: also the signal-to-noise ratio of the gradients per pass
-rate, on one of prompts.answers for each of up to so many problems; table and <workdir>/snr.jsonl.
+rate, on one of prompts.answers for each of up to so many problems; table, <workdir>/snr.jsonl and snr.html.
+
+With prompts.answers="pool" the teachers' answers of answers.pool: they are verified, scored by the untrained student
+(answers.score) and one is selected for each question (answers.policy); <workdir>/answers then holds admitted.jsonl,
+scored-*.jsonl and selected.jsonl. --explain=ID --out=x.html: a page about one question instead, its answers token by
+token.
 """
 
 import dataclasses
@@ -25,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from launch import app, processes
+from launch import app, curate_answers, processes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,10 +46,12 @@ flags.DEFINE_integer("agreement", 256, "Rows scored in full as well if samples.p
 flags.DEFINE_integer("batch_size", 0, "Rows a call; 0 = those of a micro-batch of training.", lower_bound=0)
 flags.DEFINE_list("add", [], "Prompts: workdirs whose pass rates are added, of the same student and another seed.")
 flags.DEFINE_integer("snr", 0, "Prompts: how many of each pass rate have their gradients measured.", lower_bound=0)
+flags.DEFINE_string("explain", None, "Pool: the id of a question whose answers are shown on a page, --out.")
+flags.DEFINE_string("out", None, "--explain: the page, an *.html.")
 flags.DEFINE_list("earlier", [], "Prompts: workdirs of the pass rates of the student as it was, oldest first.")
 
 QUANTILES = {"least": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "most": 1.0}
-OWN_FLAGS = ("--agreement", "--batch_size", "--add", "--earlier", "--snr")
+OWN_FLAGS = ("--agreement", "--batch_size", "--add", "--earlier", "--snr", "--explain", "--out")
 
 
 def main() -> None:
@@ -52,7 +59,15 @@ def main() -> None:
     from kdjax.config import from_config_dict
 
     experiment = from_config_dict(app.require("config"))
+    if flags.FLAGS.explain is not None:
+        curate_answers.explain(experiment, flags.FLAGS.explain, _optional_workdir(), Path(app.require("out")))
+        return
     workdir, wanted = Path(app.require("workdir")), experiment.samples
+    if experiment.prompts.answers == "pool":
+        curate_answers.choose_answers(experiment, workdir)
+        print(f"next: {shlex.join(['python', '-m', 'launch.train', *_shared(sys.argv[1:])])}")
+    if experiment.prompts.answers == "pool" and experiment.pass_rates.weight == "uniform":
+        return
     if experiment.prompts.path:
         weigh_prompts(experiment, workdir)
         return
@@ -145,6 +160,7 @@ def measure(e: "Experiment", workdir: Path, curated: "Curated") -> None:
     """Signal-to-noise of the gradients per pass rate, at the untrained student and the loss of the first step."""
     import numpy as np
 
+    from kdjax.analysis import snr_page
     from kdjax.build import build
     from kdjax.config import OnPolicy, PassRates
     from kdjax.curation import paced, snr
@@ -183,11 +199,13 @@ def measure(e: "Experiment", workdir: Path, curated: "Curated") -> None:
     progress.close()
     found = snr.snr_by_bin(gradients, [name for name, rows in chosen.items() for _ in rows])
     basis = {"pass_rates": curated.sha256, "answers": e.prompts.answers, "dimensions": snr.DIMENSIONS}
-    write_lines(workdir, "snr", list(snr.lines_of(found)), {"basis": basis})
+    lines = list(snr.lines_of(found))
+    write_lines(workdir, "snr", lines, {"basis": basis})
     print("\n".join(snr.table(found)))
     weights, problems = ({line["rate"]: line[of] for line in bars} for of in ("weight", "problems"))
     share = snr.reached(found, weights, problems)
     print(f"one small step with these weights gains {share:.0%} of what it would with the best, by the SNR measured")
+    print(f"the SNR as a picture: {snr_page.write_snr(workdir, lines, bars, share, name=e.name)}, snr.svg beside it")
 
 
 def scored(built: "Built") -> tuple["np.ndarray", dict[str, Any]]:
@@ -271,6 +289,10 @@ def show(built: "Built", scores: "np.ndarray", kept: "np.ndarray", made: dict[st
     print(f"files: {workdir / 'samples'}")
     script = "launch.cache_teacher" if built.experiment.teacher.source == "cache" else "launch.train"
     print(f"next: {shlex.join(['python', '-m', script, *_shared(sys.argv[1:])])}")
+
+
+def _optional_workdir() -> Path | None:
+    return None if flags.FLAGS.workdir is None else Path(flags.FLAGS.workdir)
 
 
 def _shared(arguments: list[str]) -> list[str]:

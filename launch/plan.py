@@ -1,7 +1,7 @@
 """What a run would need, before anything is loaded: python -m launch.plan --config=configs/quickstart.py
 
-Rows and targets of the text, parameters, and the memory of the compiled train step, from shapes alone. --out: the same
-as a JSON file.
+Rows and targets of the text, parameters, and the memory of the compiled train step, from shapes alone; of training on
+own answers also what a block of them takes. --out: the same as a JSON file.
 
 --topology=v5e:4x4 (also v4, v5p, v6e, tpu7x, h100:8; v5e:4x4:2 is two slices) compiles the step for chips that are not
 here: HBM of a chip by kind against what it has, bytes sent between chips, FLOPs, an estimate of the time, disk, and
@@ -49,25 +49,55 @@ def main() -> None:
         found = topology_figures(experiment, flags.FLAGS.topology)
         print(render(found), end="")
     else:
+        from kdjax.analysis.plan_generation import not_counted
+
         of_step = step_figures(experiment)  # first, because names that do not exist are found there at once
         found = data_figures(experiment) | of_step
         for name, value in found.items():
-            print(f"{name.replace('_', ' '):28}{value:>16,}")
+            print(f"{name.replace('_', ' '):32}{value:>16,}")
+        for note in not_counted(experiment, of_step):
+            print(note)
     if flags.FLAGS.out is not None:
         write_whole(Path(flags.FLAGS.out), json.dumps(found) + "\n")
 
 
 def data_figures(experiment: "Experiment") -> dict[str, int]:
-    """Rows, tokens and targets of the training text, before the sample axis leaves any out, and of the held-out."""
-    from kdjax.data import load_data
+    """Rows, tokens and targets of the training text, before the sample axis leaves any out, and of the held-out.
+
+    With gold answers as the training text its rows are one for each of the train prompts, whatever they will weigh;
+    answers of a model may not be there yet, and are left out.
+    """
+    from kdjax.build.asked import GOLD, load_asked, rows_of_answers
+    from kdjax.data import eligible, load_data
+
+    e, tokenizer = experiment, tokenizer_of(experiment)
+    summary = load_data(e.data, tokenizer).summary
+    names = ("rows", "tokens", "targets")
+    train = {name: summary["train"][name] for name in names}
+    if e.prompts.answers == GOLD:
+        rows = rows_of_answers(e, load_asked(e, tokenizer, None), tokenizer, ())[0]
+        counts = len(rows), int((rows.segment_ids > 0).sum()), int(eligible(rows).sum())
+        train = dict(zip(names, counts, strict=True))
+    elif e.prompts.answers or e.on_policy.fraction == 1:
+        train = {}
+    return {f"train_{name}": value for name, value in train.items()} | {
+        f"heldout_{name}": summary["heldout"][name] for name in names
+    }
+
+
+def tokenizer_of(experiment: "Experiment") -> Any:
+    """That of the text."""
     from kdjax.models.tokenizer import load_tokenizer
 
     e = experiment
-    source = e.data.tokenizer or e.teacher.path or e.student.path
-    summary = load_data(e.data, load_tokenizer(source, where="data.tokenizer")).summary
-    return {
-        f"{part}_{name}": summary[part][name] for part in ("train", "heldout") for name in ("rows", "tokens", "targets")
-    }
+    return load_tokenizer(e.data.tokenizer or e.teacher.path or e.student.path, where="data.tokenizer")
+
+
+def teacher_room(experiment: "Experiment") -> int:
+    """How much longer the rows are that a teacher reads which is shown more than the student; 0 without."""
+    from kdjax.build.asked import load_asked
+
+    return load_asked(experiment, tokenizer_of(experiment), None).room if experiment.teacher.privileged else 0
 
 
 def step_figures(experiment: "Experiment") -> dict[str, int]:
@@ -79,12 +109,14 @@ def step_figures(experiment: "Experiment") -> dict[str, int]:
     import jax
 
     from kdjax import models
+    from kdjax.analysis.plan_generation import generation_figures
     from kdjax.models.io import load_config
     from kdjax.sharding import make_rules
     from kdjax.step import make_train_step
 
     student, teacher = shapes(experiment, lambda path, where: load_config(path, where=where))
-    step = abstract_step(experiment, student, teacher, make_rules(experiment.mesh))
+    rules, room = make_rules(experiment.mesh), teacher_room(experiment)
+    step = abstract_step(experiment, student, teacher, rules, room)
     compiled = jax.jit(make_train_step(step.parts), donate_argnums=0).lower(*step.arguments).compile().memory_analysis()
     found = _sizes(student=step.inputs["student parameters"])
     if teacher is not None:
@@ -92,13 +124,15 @@ def step_figures(experiment: "Experiment") -> dict[str, int]:
     if compiled is not None:  # not every backend says
         found["step_temporary_bytes"] = compiled.temp_size_in_bytes
         found["step_argument_bytes"] = compiled.argument_size_in_bytes
-    return found
+    if room:
+        found["teacher_rows_longer_by"] = room
+    return found | generation_figures(experiment, student, rules.batch_shards, rules.model_shards)
 
 
 def topology_figures(experiment: "Experiment", name: str) -> dict[str, Any]:
     """The plan of an experiment for a topology (see kdjax/analysis/plan_figures.py), with those of `step_figures`."""
     from kdjax import aot, models
-    from kdjax.analysis import plan_figures, plan_work
+    from kdjax.analysis import plan_figures, plan_generation, plan_work
     from kdjax.build import build_chooser, build_objective
     from kdjax.models.known_configs import shape_of
 
@@ -113,7 +147,8 @@ def topology_figures(experiment: "Experiment", name: str) -> dict[str, Any]:
     student, teacher = shapes(e, known)
     rules = target_rules(e, topology)
     of_teacher = rules.of_preset(e.teacher.preset)
-    step = abstract_step(e, student, teacher, rules)
+    room = teacher_room_if_here(e, notes)
+    step = abstract_step(e, student, teacher, rules, room)
     program = compile_step(step, rules)
     ours = plan_work.Side(
         student, plan_work.ITEM_BYTES[e.student.compute_dtype], rules.batch_shards, rules.model_shards
@@ -123,7 +158,9 @@ def topology_figures(experiment: "Experiment", name: str) -> dict[str, Any]:
         size = plan_work.ITEM_BYTES[e.teacher.dtype]
         theirs = plan_work.Side(teacher, size, of_teacher.batch_shards, of_teacher.model_shards)
     platform = aot.CHIPS[topology.chip].platform
-    work = plan_work.describe(e, ours, theirs, build_chooser(e.selection), build_objective(e.loss), platform)
+    work = plan_work.describe(e, ours, theirs, build_chooser(e.selection), build_objective(e.loss), platform, room)
+    own = plan_generation.generation_figures(e, student, rules.batch_shards, rules.model_shards)
+    notes += plan_generation.not_counted(e, own)
     found = plan_figures.figures(e, topology, program, work, rules, of_teacher, notes)
     text = _text_if_here(e)
     sizes = _sizes(student=step.inputs["student parameters"])
@@ -132,7 +169,7 @@ def topology_figures(experiment: "Experiment", name: str) -> dict[str, Any]:
     if program.analysis is not None:
         sizes["step_temporary_bytes"] = program.analysis.temp_size_in_bytes
         sizes["step_argument_bytes"] = program.analysis.argument_size_in_bytes
-    return (text or {}) | sizes | found | {"text": text}
+    return (text or {}) | sizes | own | found | {"text": text}
 
 
 def shapes(e: "Experiment", config_of: Any) -> tuple["ModelConfig", "ModelConfig | None"]:
@@ -146,8 +183,10 @@ def shapes(e: "Experiment", config_of: Any) -> tuple["ModelConfig", "ModelConfig
     return config_of(e.student.path, "student.path"), teacher
 
 
-def abstract_step(e: "Experiment", student: "ModelConfig", teacher: "ModelConfig | None", rules: "Rules") -> Step:
-    """The step of an experiment on a mesh, as shapes."""
+def abstract_step(
+    e: "Experiment", student: "ModelConfig", teacher: "ModelConfig | None", rules: "Rules", room: int = 0
+) -> Step:
+    """The step of an experiment on a mesh, as shapes; room: of `teacher_room`."""
     import jax
 
     from kdjax import models
@@ -168,7 +207,7 @@ def abstract_step(e: "Experiment", student: "ModelConfig", teacher: "ModelConfig
         teacher_params = models.abstract_params(teacher, rules.of_preset(e.teacher.preset), DTYPES[e.teacher.dtype])
     state = jax.eval_shape(lambda p: init_state(parts, p, 0), params)
     vocab = min(cfg.vocab_size for cfg in (student, teacher) if cfg is not None)
-    batch = abstract_batch(e, parts.rules, vocab)
+    batch = abstract_batch(e, parts.rules, vocab, room)
     inputs = {"student parameters": params, "optimiser and state": (state.opt_state, state.policy_state)}
     inputs |= {"teacher parameters": teacher_params} if teacher_params else {}
     return Step(parts, inputs | {"batch": batch}, (state, teacher_params, batch))
@@ -211,6 +250,17 @@ def refused_program(step: Step, message: str, seconds: float) -> "Program":
     from kdjax.analysis.plan_figures import Program
 
     return Program(step.inputs, None, None, message, seconds)
+
+
+def teacher_room_if_here(e: "Experiment", notes: list[str]) -> int:
+    """`teacher_room`, or 0 and a note where prompts or tokenizer are not at hand."""
+    try:
+        return teacher_room(e)
+    except (ValueError, OSError):
+        notes.append(
+            "the teacher's rows are counted as long as the student's, but with what it is shown they are longer"
+        )
+        return 0
 
 
 def _text_if_here(e: "Experiment") -> dict[str, int] | None:

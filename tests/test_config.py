@@ -326,6 +326,10 @@ def test_prompts_and_what_needs_them(fields, message):
             {"answers__rescore_every": 5, "answers__policy": "random"},
             "answers.rescore_every must be 0 unless answers are chosen from a pool by their score, got 5 with",
         ),
+        (
+            {"answers__rescore_every": 5, "teacher__source": "cache"},
+            "answers.rescore_every must be 0 with teacher.source='cache', got 5;",
+        ),
         ({"answers__restart": "weights"}, "answers.restart must be '' without answers.rescore_every, got 'weights';"),
         ({"prompts__path": ""}, "prompts.path must name prompts, got ''; prompts.answers is set"),
     ],

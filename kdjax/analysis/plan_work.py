@@ -40,7 +40,7 @@ class Side:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A step. rows: of the global batch; slots: of a row. teacher: None if none runs."""
+    """A step. rows: of the global batch; slots: of a row. teacher: None if none runs; its rows are `room` longer."""
 
     rows: int
     length: int
@@ -50,6 +50,7 @@ class Work:
     teacher: Side | None
     accumulate: int = 1
     remat: str = "none"
+    room: int = 0
 
     @property
     def tokens(self) -> int:
@@ -70,10 +71,13 @@ class Flops:
     executed: float
 
 
-def describe(e: Experiment, student: Side, teacher: Side | None, chooser: Any, objective: Any, platform: str) -> Work:
+def describe(
+    e: Experiment, student: Side, teacher: Side | None, chooser: Any, objective: Any, platform: str, room: int = 0
+) -> Work:
     """The work of an experiment's step. student, teacher: with shards; passes and products are filled in here.
 
-    chooser, objective: as kdjax/build makes them. platform: "tpu" or "gpu", whose kernels run with mesh.kernels="auto".
+    room: how much longer the rows are that a privileged teacher reads. chooser, objective: as kdjax/build makes them.
+    platform: "tpu" or "gpu", whose kernels run with mesh.kernels="auto".
     """
     kept = {"teacher_entropy": e.cache.entropy, "teacher_ce": e.cache.label_logp} if teacher is None else {}
     needs = [name for name in chooser.needs if not kept.get(name)]
@@ -117,6 +121,7 @@ def describe(e: Experiment, student: Side, teacher: Side | None, chooser: Any, o
         teacher,
         e.train.accumulate,
         e.student.remat,
+        room,
     )
 
 
@@ -146,7 +151,7 @@ def step_flops(work: Work) -> list[Flops]:
         Flops(f"student trunk, again (remat {work.remat})", 0.0, again),
     ]
     if work.teacher is not None:
-        theirs = sum(trunk_flops(work.teacher.cfg, work.rows, work.length))
+        theirs = sum(trunk_flops(work.teacher.cfg, work.rows, work.length + work.room))
         lines.append(Flops("teacher trunk, forward", theirs, theirs))
     for name, side in (("student", work.student), ("teacher", work.teacher)):
         if side is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -11,13 +12,29 @@ WIDTH, HEIGHT = 420, 236
 LEFT, RIGHT, TOP, BOTTOM = 44, 50, 12, 36
 LABEL_HEIGHT = 13.0
 MOST_POINTS = 400
+COLUMN = 18.0  # widest column, in pixels
+# Of lines that are told apart by colour, light and dark: kinds "arm0", "arm1", ...; further ones begin again.
+COLOURS = (
+    ("#1d5fae", "#79aef0"),
+    ("#c2521c", "#f0935e"),
+    ("#2c7d4f", "#6cc491"),
+    ("#7a4fb0", "#b795e6"),
+    ("#8a6410", "#d8b25c"),
+    ("#b03a6b", "#ec8bb3"),
+    ("#3b7f8c", "#7fc6d3"),
+    ("#6b6f76", "#a6abb3"),
+)
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 TIMES, MINUS, DASH, SPACE = "\u00d7", "\u2212", "\u2013", "\u00a0"  # the space does not break
 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """One line. kind: "after" | "before" | "teacher" | "raw" | "guide", the CSS class. low, high: a band around y."""
+    """One line of a chart. kind: "after" | "before" | "teacher" | "raw" | "guide" | "arm0" ..., the CSS class.
+
+    low, high: a band around y. mark: "line" | "points", each with its interval (hollow without one), which low and high
+    that are not finite mean | "columns", from 0 (on no log axis).
+    """
 
     label: str
     x: Sequence[float]
@@ -26,6 +43,7 @@ class Series:
     low: Sequence[float] = ()
     high: Sequence[float] = ()
     dots: bool = False
+    mark: str = "line"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +74,11 @@ def chart(
     if not series:
         return ""
     every_y = [value for one in series for value in (*one.y, *one.low, *one.high)]
-    x = _x_axis([value for one in series for value in one.x])
+    every_y += [0.0 for one in series if one.mark == "columns"]
+    x = _x_axis([value for one in series for value in one.x], aside=any(one.mark != "line" for one in series))
     y = log_axis(min(every_y), max(every_y)) if log else linear_axis(min(every_y), max(every_y))
     unit = " ".join(filter(None, (f"{TIMES}10{str(y.power).translate(SUPERSCRIPT)}" if y.power else "", unit)))
-    parts = [*_grid(x, y, x_unit), *(_line(one, x, y) for one in series)]
+    parts = [*_grid(x, y, x_unit), *(MARKS[one.mark](one, x, y) for one in series)]
     parts += _end_labels(series, x, y) if ends else []
     keys = [one for one in series if one.label]
     legend = "".join(f'<span class="key {one.kind}"><i></i>{html.escape(one.label)}</span>' for one in keys)
@@ -119,8 +138,22 @@ def _nice_step(rough: float) -> float:
     return next(m * base for m in (1, 2, 2.5, 5, 10) if m * base >= rough * (1 - 1e-9))
 
 
-def _x_axis(values: Sequence[float]) -> Axis:
-    """From the first to the last value exactly; ticks at nice numbers inside, whole if the values are."""
+def arm_css() -> str:
+    """Styles of the kinds "arm0", "arm1", ... in both themes."""
+    light, dark = ("".join(f"--arm{at}:{pair[side]};" for at, pair in enumerate(COLOURS)) for side in (0, 1))
+    every = "".join(
+        f".line.arm{k},.band.arm{k},.dot.arm{k},.value.arm{k}{{color:var(--arm{k})}}"
+        f".key.arm{k} i{{border-color:var(--arm{k})}}"
+        for k in range(len(COLOURS))
+    )
+    return f":root{{{light}}}@media (prefers-color-scheme: dark){{:root{{{dark}}}}}{every}"
+
+
+def _x_axis(values: Sequence[float], aside: bool = False) -> Axis:
+    """From the first to the last value exactly; ticks at nice numbers inside, whole if the values are.
+
+    aside: some room beside the first and the last.
+    """
     low, high = min(values), max(values)
     if low == high:
         low, high = low - 1, high + 1
@@ -128,10 +161,17 @@ def _x_axis(values: Sequence[float]) -> Axis:
     if all(value == int(value) for value in values):
         step = max(1.0, math.ceil(step))
     ticks = (step * k for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1))
-    return Axis(low, high, tuple(ticks))
+    room = 0.05 * (high - low) if aside else 0.0
+    return Axis(low - room, high + room, tuple(ticks))
 
 
 def _finite(one: Series, log: bool) -> Series:
+    if one.mark == "points" and one.low:
+        ends = [
+            (a, b) if math.isfinite(a) and math.isfinite(b) else (y, y)
+            for y, a, b in zip(one.y, one.low, one.high, strict=True)
+        ]
+        one = dataclasses.replace(one, low=[a for a, _ in ends], high=[b for _, b in ends])
     banded = bool(one.low)
     bands = zip(one.low, one.high, strict=True) if banded else ((y, y) for y in one.y)
     points = [(x, y, *band) for x, y, band in zip(one.x, one.y, bands, strict=True)]
@@ -159,6 +199,8 @@ def _grid(x: Axis, y: Axis, x_unit: str) -> list[str]:
         parts.append(f'<path class="axis" d="M{at} {bottom}v4"/>')
         parts.append(f'<text class="tick" x="{at}" y="{bottom + 17}" text-anchor="middle">{_tick(tick, x)}</text>')
     parts.append(f'<path class="axis" d="M{LEFT} {bottom}H{right}"/>')
+    if y.low < 0 < y.high and not y.log:
+        parts.append(f'<path class="zero" d="M{LEFT} {_py(0, y)}H{right}"/>')
     parts.append(f'<text class="tick" x="{right}" y="{HEIGHT - 3}" text-anchor="end">{html.escape(x_unit)}</text>')
     return parts
 
@@ -194,6 +236,33 @@ def _line(one: Series, x: Axis, y: Axis) -> str:
     if one.dots or len(points) == 1:
         parts += [f'<circle class="dot {one.kind}" cx="{a}" cy="{b}" r="2.6"/>' for a, b in points]
     return "".join(parts)
+
+
+def _points(one: Series, x: Axis, y: Axis) -> str:
+    """A dot per value, with its interval as a bar; hollow where there are intervals and this one is not known."""
+    parts = []
+    for at, value in enumerate(one.y):
+        a, b = _px(one.x[at], x), _py(value, y)
+        known = not one.low or one.low[at] < one.high[at]
+        if one.low and known:
+            parts.append(f'<path class="line {one.kind}" d="M{a} {_py(one.low[at], y)}V{_py(one.high[at], y)}"/>')
+        parts.append(f'<circle class="dot {one.kind}{"" if known else " few"}" cx="{a}" cy="{b}" r="3.4"/>')
+    return "".join(parts)
+
+
+def _columns(one: Series, x: Axis, y: Axis) -> str:
+    """A column per value, from 0, as wide as the closest two have room for."""
+    at = [_px(value, x) for value in one.x]
+    gap = min((b - a for a, b in itertools.pairwise(sorted(at))), default=COLUMN)
+    wide, base = round(min(COLUMN, 0.8 * gap), 1), _py(0, y)
+    parts = []
+    for middle, top in zip(at, (_py(value, y) for value in one.y), strict=True):
+        corner = f'x="{round(middle - wide / 2, 1)}" y="{min(top, base)}"'
+        parts.append(f'<rect class="dot {one.kind}" {corner} width="{wide}" height="{round(abs(base - top), 1)}"/>')
+    return "".join(parts)
+
+
+MARKS = {"line": _line, "points": _points, "columns": _columns}
 
 
 def _thinned(count: int) -> list[int]:

@@ -192,15 +192,21 @@ def _cell(estimate: Record | None, percent: bool) -> str:
 def _token(token: Record, top: float, targets: int) -> str:
     piece = token["token"]
     classes = ["off"]
-    title = f"{_visible(piece)}\nno target"
+    title = f"{visible(piece)}\nno target"
     if token["eligible"]:
         classes = [f"h{min(LEVELS - 1, int(LEVELS * token['entropy'] / top))}"]
-        title = f"{_visible(piece)}\nentropy {token['entropy']:.2f} nats\nlabel nll {token['nll']:.2f} nats"
+        title = f"{visible(piece)}\nentropy {token['entropy']:.2f} nats\nlabel nll {token['nll']:.2f} nats"
         if token.get("rank"):
             title += f"\nrank {token['rank']} of {targets} by entropy"
     if token["selected"]:
         classes.append("sel")
         title += "\nselected"
+    return span(piece, classes, title)
+
+
+def span(piece: str, classes: Sequence[str], title: str) -> str:
+    """A token of a text in `.page`, coloured by its classes; title: what is said when it is pointed at."""
+    classes = [*classes]
     if not piece:
         classes.append("part")
     elif "\n" in piece:
@@ -210,6 +216,6 @@ def _token(token: Record, top: float, targets: int) -> str:
     return f'{blank}<span class="{" ".join(classes)}" title="{esc(title)}">{esc(piece[len(blank) :])}</span>'
 
 
-def _visible(piece: str) -> str:
+def visible(piece: str) -> str:
     """The token in quotes, blanks and control characters made visible."""
     return f"“{piece}”".replace("\n", "↵").replace("\t", "⇥") if piece else "part of a character"

@@ -11,7 +11,7 @@ from typing import Any
 
 from kdjax.analysis import report_page as page
 from kdjax.analysis import study_table as tables
-from kdjax.analysis.report_charts import MINUS, WIDTH, Series, chart, linear_axis, number
+from kdjax.analysis.report_charts import COLOURS, MINUS, WIDTH, Series, arm_css, chart, linear_axis, number
 from kdjax.analysis.study import TIMED, Study
 from kdjax.analysis.study_stats import BETTER, NONE_SEEN, UNKNOWN, WORSE
 from kdjax.analysis.study_table import Arm
@@ -19,24 +19,9 @@ from kdjax.analysis.study_table import Arm
 Record = Mapping[str, Any]
 NAMES, ROW, HEAD, FOOT = 128, 24, 8, 34  # of the difference plots: left margin, height of an arm, above, below
 KINDS = {BETTER: "after", WORSE: "teacher", NONE_SEEN: "before", UNKNOWN: "before"}
-# Of the curves, light and dark; further arms begin again.
-COLOURS = (
-    ("#1d5fae", "#79aef0"),
-    ("#c2521c", "#f0935e"),
-    ("#2c7d4f", "#6cc491"),
-    ("#7a4fb0", "#b795e6"),
-    ("#8a6410", "#d8b25c"),
-    ("#b03a6b", "#ec8bb3"),
-    ("#3b7f8c", "#7fc6d3"),
-    ("#6b6f76", "#a6abb3"),
-)
 BASE_CSS = """
 main { max-width: 1080px; }
-.wide { overflow-x: auto; }
-.wide table { font-size: 14px; }
-.wide td, .wide th { white-space: nowrap; }
 .arm { fill: var(--ink); font-size: 12px; }
-.zero { stroke: var(--soft); }
 .span { stroke: currentColor; stroke-width: 2.2; }
 .keys { flex-wrap: wrap; gap: 0 12px; margin-left: 0; width: 100%; }
 """
@@ -70,7 +55,7 @@ def render(
         "arms": {name: dict(fields) for name, fields in study.arms.items()},
     }
     sections.append(page.reproduce({"command": command, "versions": records[0]["versions"]}, config))
-    return page.document(f"Study {study.name}", sections, css=_css())
+    return page.document(f"Study {study.name}", sections, css=BASE_CSS + arm_css())
 
 
 def _lead(study: Study, records: Sequence[Record]) -> str:
@@ -183,14 +168,3 @@ def _at(cost: Record, step: int, over_time: bool) -> float:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _css() -> str:
-    """Colours of the arms in both themes, on top of the report's own."""
-    light, dark = ("".join(f"--arm{at}:{pair[side]};" for at, pair in enumerate(COLOURS)) for side in (0, 1))
-    every = "".join(
-        f".line.arm{k},.band.arm{k},.dot.arm{k},.value.arm{k}{{color:var(--arm{k})}}"
-        f".key.arm{k} i{{border-color:var(--arm{k})}}"
-        for k in range(len(COLOURS))
-    )
-    return f"{BASE_CSS}:root{{{light}}}@media (prefers-color-scheme: dark){{:root{{{dark}}}}}{every}"

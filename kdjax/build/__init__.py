@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from kdjax import config as schema
 from kdjax import models, registry
-from kdjax.build.asked import Asked, TrainingText, training_text
-from kdjax.build.checks import check_cached, check_ids, check_paths, check_rows, check_tokenizers
+from kdjax.build.asked import Asked, TrainingText, reselected, training_text
+from kdjax.build.checks import check_cached, check_ids, check_paths, check_rows, check_tokenizers, is_served
 from kdjax.build.parts import (
     DTYPES,
     build_chooser,
@@ -42,6 +42,7 @@ __all__ = [
     "DTYPES",
     "Asked",
     "Built",
+    "TrainingText",
     "build",
     "build_chooser",
     "build_objective",
@@ -52,6 +53,7 @@ __all__ = [
     "check_rows",
     "language_model",
     "load_experiment",
+    "reselected",
     "samples_basis",
     "student_speaker",
 ]
@@ -99,7 +101,8 @@ def build(experiment: Experiment, workdir: Path | None = None, *, live_teacher: 
     """Load models and data and compose the step. Raises ValueError that names the config path at fault.
 
     workdir: where the kept rows and the cache of this experiment are; without it all rows count and no cache is opened.
-    live_teacher: load the teacher even where a cache speaks for it, to evaluate or to write that cache.
+    live_teacher: load the teacher even where a cache speaks for it, to evaluate or to write that cache; a served one
+    is not to be had.
     What is quick comes first: a misspelt name or a damaged text is said before gigabytes of weights are read.
     """
     e = experiment
@@ -111,8 +114,8 @@ def build(experiment: Experiment, workdir: Path | None = None, *, live_teacher: 
     text = training_text(e, load_data(experiment.data, tokenizer), tokenizer, workdir)
     data = text.data
     cached = experiment.teacher.source == "cache" and not live_teacher
-    teacher = None if cached else _load_teacher(experiment, of_teacher)
-    teacher_cfg = _teacher_config(experiment, teacher)
+    teacher = None if cached or is_served(e) else _load_teacher(experiment, of_teacher)
+    teacher_cfg = None if is_served(e) else _teacher_config(experiment, teacher)
     cfg, params, source = _load_student(experiment, teacher, rules)
     check_tokenizers(experiment, tokenizer, teacher_cfg, cfg)
     check_ids(data, cfg, teacher_cfg)
@@ -160,8 +163,8 @@ def cache_path(experiment: Experiment, workdir: Path) -> str:
 def cache_identity(built: Built) -> dict[str, Any]:
     """The fields of a cache's header that this experiment needs as they are; without teacher.path, of any teacher."""
     e = built.experiment
-    teacher = None
-    if e.teacher.path:
+    teacher = None if built.text is None else built.text.speaker
+    if e.teacher.path and teacher is None:
         teacher = fingerprint(e.teacher.path) if built.teacher is None else built.teacher.fingerprint
     return ({} if teacher is None else {"teacher": teacher}) | {
         "tokenizer": tokenizers.fingerprint(built.tokenizer),
@@ -173,7 +176,7 @@ def cache_identity(built: Built) -> dict[str, Any]:
         "tau": e.loss.tau,
         "dtype": e.teacher.dtype,
         "seq_len": e.data.seq_len,
-        "superset": e.cache.superset,
+        "superset": 1.0 if is_served(e) else e.cache.superset,
     }
 
 

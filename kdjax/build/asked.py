@@ -2,22 +2,25 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kdjax.build.checks import check_served, is_served
 from kdjax.config import Experiment
+from kdjax.curation.answers.selected import NAME, read_selected
 from kdjax.curation.batches import choose_rows, easiest_first
 from kdjax.curation.paced import load_weights, training_weights
 from kdjax.curation.pass_rates import PassRates, load_pass_rates
+from kdjax.curation.served_cache import Said, check_answers, check_cuts, digest, first_difference, make_listener
 from kdjax.data import LoadedData, Rows
 from kdjax.data.prompts import Prompt, fingerprint, load_prompts, messages, split_prompts
 from kdjax.data.responses import Answered, answer_rows, end_of_answer, prompt_ids, room_for_teacher
-from kdjax.generation.store import FAILED, LENGTH, read_rollouts
+from kdjax.generation.store import FAILED, LENGTH, STOP, Rollout, each_rollout
 
-GOLD = "gold"
+GOLD, POOL = "gold", "pool"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,37 +96,68 @@ class TrainingText:
     """What is trained on: with prompts.answers `data.train` has these answers, else the rows of the corpus.
 
     asked: the prompts, None if no answers are trained on. teacher: columns of `types.TeacherText` by row_id, {} = the
-    teacher reads the rows. choose: (batch number) -> its rows; None = all in turn.
+    teacher reads the rows. choose: (batch number) -> its rows; None = all in turn. said, speaker: what a server said of
+    the rows, by row_id, and who that is, for a cache of it.
     """
 
     data: LoadedData
     asked: Asked | None = None
     teacher: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     choose: Callable[[int], np.ndarray] | None = None
+    said: Mapping[int, Said] = dataclasses.field(default_factory=dict)
+    speaker: str | None = None
 
 
 def training_text(e: Experiment, data: LoadedData, tokenizer: Any, workdir: Path | None) -> TrainingText:
     """The training text of an experiment whose corpus is `data`. Raises ValueError as `load_asked` does."""
+    said, speaker = dict[int, Said](), None
+    if is_served(e):
+        check_served(e)
+        speaker = check_answers(e)
     if not e.prompts.answers and e.on_policy.fraction == 0:
         return TrainingText(data)
     asked = load_asked(e, tokenizer, workdir)
     rows, text, choose = data.train, dict[str, np.ndarray](), None
     if e.prompts.answers:
-        rows, text, numbers = rows_of_answers(e, asked, tokenizer)
+        rows, text, numbers, said = rows_of_answers(e, asked, tokenizer, answers_of(e, workdir))
         choose = asked.choice(e, numbers, e.train.steps)
-    digest = hashlib.sha256(f"{data.fingerprint} {asked.fingerprint} {asked.weight.tobytes().hex()}".encode())
-    digest.update(rows.row_hash.astype("<u8").tobytes())
-    return TrainingText(dataclasses.replace(data, train=rows, fingerprint=digest.hexdigest()), asked, text, choose)
+    if speaker is not None:
+        speaker += f", {digest(said)}"
+    key = hashlib.sha256(f"{data.fingerprint} {asked.fingerprint} {asked.weight.tobytes().hex()}".encode())
+    key.update(rows.row_hash.astype("<u8").tobytes())
+    train = dataclasses.replace(data, train=rows, fingerprint=key.hexdigest())
+    return TrainingText(train, asked, text, choose, said, speaker)
 
 
-def rows_of_answers(e: Experiment, asked: Asked, tokenizer: Any) -> tuple[Rows, dict[str, np.ndarray], np.ndarray]:
-    """The rows of `prompts.answers`, what the teacher reads in their place ({} = the same), the prompt of each row.
+def reselected(text: TrainingText, e: Experiment, tokenizer: Any, workdir: Path, selection: str) -> TrainingText:
+    """The text with the answers of another selection of the pool."""
+    if text.asked is None:
+        raise ValueError(f"prompts.answers must be {POOL!r} where answers are chosen anew, got {e.prompts.answers!r}.")
+    rows, columns, numbers, _ = rows_of_answers(e, text.asked, tokenizer, answers_of(e, workdir, selection))
+    choose = text.asked.choice(e, numbers, e.train.steps)
+    return dataclasses.replace(text, data=dataclasses.replace(text.data, train=rows), teacher=columns, choose=choose)
 
-    gold: the gold answer of every prompt. Otherwise a directory of launch.generate: all answers in it to the train
-    prompts but those that failed; one that was cut off has no end. Raises ValueError if there is no answer.
+
+def answers_of(e: Experiment, workdir: Path | None, selection: str = NAME) -> Iterator[Rollout]:
+    """What `prompts.answers` names: a directory of launch.generate, or with "pool" what launch.curate selected."""
+    if e.prompts.answers != POOL:
+        yield from each_rollout(e.prompts.answers)
+    elif workdir is not None:
+        for one in read_selected(workdir, selection):
+            yield Rollout(one.id, 0, one.text.lstrip(), LENGTH if one.cut_off else STOP)
+
+
+def rows_of_answers(
+    e: Experiment, asked: Asked, tokenizer: Any, answers: Iterable[Rollout]
+) -> tuple[Rows, dict[str, np.ndarray], np.ndarray, dict[int, Said]]:
+    """The rows of `prompts.answers`, the teacher's in their place ({} = the same), the prompt of each, what was said.
+
+    gold: the gold answer of every prompt. Otherwise all of `answers` to the train prompts but those that failed; one
+    that was cut off has no end. What a server said of a row is read for its cache. Raises ValueError if there is none.
     """
     made: list[Answered] = []
     numbers: list[int] = []
+    said: dict[int, Said] = {}
     if e.prompts.answers == GOLD:
         for number, prompt in enumerate(asked.train):
             if prompt.answer:
@@ -131,17 +165,38 @@ def rows_of_answers(e: Experiment, asked: Asked, tokenizer: Any) -> tuple[Rows, 
                 numbers.append(number)
     else:
         number_of = {prompt.id: number for number, prompt in enumerate(asked.train)}
-        for rollout in read_rollouts(e.prompts.answers):
-            if rollout.finish != FAILED and rollout.response and rollout.id in number_of:
-                end = [] if rollout.finish == LENGTH else [asked.end]
-                made.append(asked.answered(number_of[rollout.id], [*_plain_ids(tokenizer, rollout.response), *end]))
-                numbers.append(number_of[rollout.id])
+        found = (r for r in answers if r.finish != FAILED and r.response and r.id in number_of)
+        for rollout, ids, heard in _heard(e, found, tokenizer):
+            if heard is not None:
+                said[len(made)] = heard
+            end = [] if rollout.finish == LENGTH else [asked.end]
+            made.append(asked.answered(number_of[rollout.id], [*ids, *end]))
+            numbers.append(number_of[rollout.id])
     if not made:
         raise ValueError(
             f"prompts.answers must hold answers to the train prompts, got {e.prompts.answers!r} with none. Run "
-            "launch.generate for these prompts first, or set it to 'gold'."
+            "launch.generate (with 'pool' launch.curate) for these prompts first, or set it to 'gold'."
         )
-    return *answer_rows(made, e.data.seq_len, asked.room), np.array(numbers)
+    return *answer_rows(made, e.data.seq_len, asked.room), np.array(numbers), said
+
+
+def _heard(
+    e: Experiment, rollouts: Iterable[Rollout], tokenizer: Any
+) -> Iterator[tuple[Rollout, list[int], Said | None]]:
+    """Each rollout, its ids, and for a cache of log-probabilities what the server said, whose cut the ids are then."""
+    listen = make_listener(tokenizer) if is_served(e) else None
+    count, strange = 0, []
+    for rollout in rollouts:
+        ids, heard = _plain_ids(tokenizer, rollout.response), listen(rollout) if listen else None
+        if heard is not None:
+            count += 1
+            if heard.answer is None:
+                strange.append(first_difference(rollout, heard, ids))
+            else:
+                ids = list(heard.answer)
+        yield rollout, ids, heard
+    if listen:
+        check_cuts(count, strange, e.prompts.answers)
 
 
 def _plain_ids(tokenizer: Any, text: str) -> list[int]:

@@ -47,7 +47,7 @@ def check_tokenizers(
         if path == source or (e.data.tokenizer and not tokenizers.has_tokenizer(path, where=where)):
             continue
         other = tokenizers.load_tokenizer(path, where=where)
-        first, first_rows = ("data", rows) if e.data.tokenizer else ("teacher", sides["teacher"][1])
+        first, first_rows = ("data", rows) if e.data.tokenizer else ("teacher", sides.get("teacher", (path, rows))[1])
         tokenizers.check_same_tokenizer(tokenizer, other, first_rows, rows, (first, name))
 
 
@@ -85,6 +85,42 @@ def check_cached(e: Experiment, chooser: Chooser) -> None:
             raise ValueError(
                 f"selection.signal must not need {name!r} of the teacher with this cache, got {e.selection.signal!r}; "
                 f"the cache does not hold it. {how.get(name, 'Set another signal')} or teacher.source='live'."
+            )
+
+
+def is_served(e: Experiment) -> bool:
+    """Whether the cache is of what a server said of its answers, by `launch.generate`; no teacher is loaded."""
+    return e.teacher.source == "cache" and e.served.top_logprobs > 0
+
+
+def check_served(e: Experiment) -> None:
+    """What a server lists can fill the cache of this experiment. Raises ValueError that says what it does not know."""
+    listed, answers = e.served.top_logprobs, e.prompts.answers
+    top = ("renormalised", "ghost_tail", "zero_tail")
+    unknown = "no server says what it is of the tokens that it does not list"
+    rules = {
+        "prompts.answers": (
+            answers,
+            answers not in ("", "gold", "pool"),
+            "a directory of launch.generate",
+            "it has them",
+        ),
+        "classes.kind": (
+            e.classes.kind,
+            e.classes.kind in top,
+            f"one of {', '.join(top)}",
+            "a server lists the largest",
+        ),
+        "classes.entries": (e.classes.entries, e.classes.entries <= listed, f"at most {listed}", "no more are listed"),
+        "loss.tau": (e.loss.tau, e.loss.tau == 1, "1.0", "a server says them at temperature 1"),
+        "cache.entropy": (e.cache.entropy, not e.cache.entropy, "False", unknown),
+        "cache.label_logp": (e.cache.label_logp, not e.cache.label_logp, "False", "an answer's end may have none"),
+    }
+    for name, (value, good, rule, why) in rules.items():
+        if not good:
+            raise ValueError(
+                f"{name} must be {rule} with the log-probabilities of a server, got {value!r}; {why}. Set it so, or "
+                "served.top_logprobs to 0 for a teacher that is loaded."
             )
 
 

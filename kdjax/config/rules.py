@@ -235,6 +235,11 @@ def _check_answers(e: Experiment) -> None:
             f"{a.rescore_every} with prompts.answers={e.prompts.answers!r} and answers.policy={a.policy!r}. Set "
             "it to 0."
         )
+    if a.rescore_every and e.teacher.source == "cache":
+        raise ValueError(
+            f"answers.rescore_every must be 0 with teacher.source='cache', got {a.rescore_every}; a cache knows the "
+            "answers that it was written for. Set it to 0, or teacher.source to 'live'."
+        )
     if a.restart and not a.rescore_every:
         raise ValueError(
             f"answers.restart must be '' without answers.rescore_every, got {a.restart!r}; there is one choice. Set it."

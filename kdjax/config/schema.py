@@ -22,7 +22,8 @@ class Teacher:
 
     path: str = ""  # HF directory, *.gguf, hub id, or "smollm2-135m" | "synthetic" | "flax:module:attr"
     dtype: str = "float32"  # of the weights in memory
-    source: str = "live"  # live: it runs beside the student | cache: what launch.cache_teacher wrote; it is not loaded
+    # live: it runs beside the student | cache: what launch.cache_teacher wrote of it, or of what a server said
+    source: str = "live"
     preset: str = ""  # how it is spread over the mesh; "" = as the student, by mesh.preset
     devices: int = 0  # of its own: the last so many, the student has the others; 0 = they share all
     shape: str = ""  # of its own devices, as mesh.shape
@@ -110,7 +111,8 @@ class Cache:
 class Prompts:
     """Questions, perhaps with answers that can be checked (`kdjax/data/prompts.py`)."""
 
-    path: str = ""  # *.jsonl | a built-in task such as "arith" or "arith:sum1,gcd" | "reasoning_gym:<generators>"
+    # *.jsonl | a pool of answers | a built-in task such as "arith" or "arith:sum1,gcd" | "reasoning_gym:<generators>"
+    path: str = ""
     size: int = 0  # of them, drawn by `seed`; 0 = all
     seed: int = 0  # of the draw and the split
     instruction: str = ""  # follows every question
@@ -199,7 +201,9 @@ class Served:
     concurrency: int = 8  # requests under way
     timeout: float = 60.0  # seconds that one request may take
     retries: int = 5  # per prompt, with growing pauses
-    top_logprobs: int = 0  # log-probabilities of so many tokens a position, where the server gives them
+    top_logprobs: int = (
+        0  # log-probabilities of so many tokens a position, if the server gives them; a cache can be of them
+    )
     prompt_logprobs: int = 0  # the same for the positions of the prompt, which vLLM gives; others refuse the field
 
 

@@ -196,10 +196,15 @@ def agreement(full: Float[np.ndarray, "R"], estimate: Float[np.ndarray, "R"], fr
     defined: fewer than two rows, or all equal.
     """
     usable = np.isfinite(full) & np.isfinite(estimate)
-    first, second = (_mean_ranks(side[usable]) for side in (full, estimate))
-    varied = usable.sum() > 1 and np.ptp(first) > 0 and np.ptp(second) > 0
-    spearman = float(np.corrcoef(first, second)[0, 1]) if varied else math.nan
-    return {"spearman": spearman, "overlap": overlap(keep(full, fraction), keep(estimate, fraction))}
+    rho = spearman(full[usable], estimate[usable])
+    return {"spearman": rho, "overlap": overlap(keep(full, fraction), keep(estimate, fraction))}
+
+
+def spearman(first: Float[np.ndarray, "R"], second: Float[np.ndarray, "R"]) -> float:
+    """Rank correlation of finite numbers; equal ones share their mean rank. NaN for fewer than two, or all equal."""
+    x, y = _mean_ranks(first), _mean_ranks(second)
+    varied = len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0
+    return float(np.corrcoef(x, y)[0, 1]) if varied else math.nan
 
 
 def _in_order(step: ScoreStep, student_params: Params, teacher_params: Params, batches: Iterator[Batch]) -> Any:

@@ -162,8 +162,11 @@ def as_batch(columns: Mapping[str, Any], put: Callable[[np.ndarray], jax.Array])
     return Batch(**placed, teacher=TeacherText(**teacher) if "index" in teacher else CachedTeacher(**teacher))
 
 
-def abstract_batch(experiment: Experiment, rules: Rules, vocab_size: int) -> Batch:
-    """Shapes of a step's batch, [A, B, ...], rows split over the mesh; with what a cache brings along, if one does."""
+def abstract_batch(experiment: Experiment, rules: Rules, vocab_size: int, teacher_room: int = 0) -> Batch:
+    """Shapes of a step's batch, [A, B, ...], rows split over the mesh; with what a cache brings along, if one does.
+
+    teacher_room: how much longer the rows are that a privileged teacher reads in place of the student's.
+    """
     e = experiment
     rows, length = e.train.batch_size // e.train.accumulate, e.data.seq_len
 
@@ -175,7 +178,10 @@ def abstract_batch(experiment: Experiment, rules: Rules, vocab_size: int) -> Bat
 
     tokens, ids = column(jnp.int32, rows, length), column(jnp.int32, rows)
     mask, weight = column(jnp.bool_, rows, length), column(jnp.float32, rows)
-    teacher = None
+    teacher: CachedTeacher | TeacherText | None = None
+    if e.teacher.privileged:
+        longer = column(jnp.int32, rows, length + teacher_room)
+        teacher = TeacherText(longer, longer, longer, index=tokens)
     if e.teacher.source == "cache":
         entries, figure = min(e.classes.entries, vocab_size), column(jnp.float32, rows, length)
         teacher = CachedTeacher(

@@ -1,4 +1,4 @@
-"""Questions with answers that can be checked: from a .jsonl file, a built-in task or reasoning-gym; their split."""
+"""Questions with answers that can be checked: of a file, a pool of answers, a task or reasoning-gym; their split."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def split_prompts(
     seed = prompts.seed if seed is None else seed
     sides: tuple[list[Prompt], list[Prompt]] = ([], [])
     for prompt in loaded:
-        part = prompt.meta.get("group") or _question(prompt, prompts.instruction)
+        part = prompt.meta.get("group") or question_of(prompt, prompts.instruction)
         place = int.from_bytes(_digest(f"{seed}\0split\0{part}")[:8], "big") / 2**64
         sides[place >= prompts.heldout_fraction].append(prompt)
     if not sides[1] or (prompts.heldout_fraction > 0 and not sides[0]):
@@ -181,7 +181,7 @@ BUILT_IN: dict[str, Callable[[Sequence[str], int, int], list[list[Prompt]]]] = {
 
 
 def _known() -> str:
-    return '"arith", "arith:<kind>,<kind>" or "reasoning_gym:<generator>,<generator>"'
+    return 'a directory of answers, "arith", "arith:<kind>,<kind>" or "reasoning_gym:<generator>,<generator>"'
 
 
 def _read(prompts: config.Prompts, seed: int) -> list[list[Prompt]]:
@@ -194,6 +194,10 @@ def _read(prompts: config.Prompts, seed: int) -> list[list[Prompt]]:
                 "its own. Set it to, for example, 'reasoning_gym:chain_sum,gcd'."
             )
         return BUILT_IN[name](names, prompts.size, seed)
+    from kdjax.data.answer_pools import holds_answers, read_questions  # it reads Prompt from here
+
+    if holds_answers(prompts.path):
+        return [read_questions(prompts.path)]
     if Path(prompts.path).suffix != ".jsonl":
         raise ValueError(
             f"prompts.path must be a .jsonl file or {_known()}, got {prompts.path!r}."
@@ -209,7 +213,7 @@ def _once(kinds: Sequence[Sequence[Prompt]]) -> list[dict[str, Prompt]]:
     for kind in kinds:
         kept = {}
         for prompt in kind:
-            question = _question(prompt)
+            question = question_of(prompt)
             first = seen.setdefault(question, prompt)
             if first is prompt:
                 kept[question] = prompt
@@ -241,7 +245,8 @@ def _instructed(prompt: Prompt, instruction: str) -> Prompt:
     return dataclasses.replace(prompt, prompt=(*before, {**last, "content": last["content"] + instruction}))
 
 
-def _question(prompt: Prompt, instruction: str = "") -> str:
+def question_of(prompt: Prompt, instruction: str = "") -> str:
+    """What is asked, up to blanks and the form of characters, without the instruction at its end."""
     if isinstance(prompt.prompt, str):
         return _plain(prompt.prompt.removesuffix(instruction))
     turns = messages(prompt)

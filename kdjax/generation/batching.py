@@ -296,7 +296,13 @@ def _check(prompts: Sequence[Sequence[int]], cfg: ModelConfig, new_tokens: int) 
 
 
 def _placed(array: Any, rules: Rules) -> Any:
-    return array if rules.mesh is None else jax.device_put(array, rules.batch(array.ndim))
+    """The whole array, which every process has, split by rows."""
+    sharding = rules.batch(array.ndim)
+    if sharding is None:
+        return array
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):  # keys cannot be taken to the devices of others
+        return jax.random.wrap_key_data(_placed(np.asarray(jax.random.key_data(array)), rules))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _host(array: Array) -> np.ndarray:

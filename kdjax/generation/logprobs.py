@@ -22,6 +22,8 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+FLOOR = -80.0  # nats; far below is 0 in float32, which stands for no entry
+
 
 def of_choice(found: Any, chat: bool) -> tuple[tuple[Any, ...] | None, tuple[Any, ...] | None]:
     """(chosen, top) of the "logprobs" of a choice, of a chat or a text; None if the server gives none.
@@ -56,27 +58,28 @@ def of_prompt(found: Any) -> tuple[Any, ...] | None:
 
 def token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, int]:
     """The bytes that a token writes -> its id, the lower one if several do; a special token writes its name."""
+    return {text: number for number, text in sorted(token_texts(tokenizer).items(), reverse=True)}
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
+    """An id -> the bytes that it writes."""
     special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     byte_level = "ByteLevel" in json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
-    table: dict[bytes, int] = {}
-    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: -item[1]):
-        written = token.encode()
-        if number not in special:
-            written = _written(token) if byte_level else _pieces(token)
-        table[written] = number
-    return table
+    written = _written if byte_level else _pieces
+    vocabulary = tokenizer.get_vocab().items()
+    return {number: token.encode() if number in special else written(token) for token, number in vocabulary}
 
 
 def sparse_targets(entries: Sequence[Any], table: Mapping[bytes, int]) -> tuple[np.ndarray, np.ndarray]:
     """(ids int32 [T, K], probs float32 [T, K], 0 = empty) of `Rollout.top` or `prompt_top`, as in SparseTargets.
 
     table: `token_ids` of the student's tokenizer, which must be the server's. An entry without a token in it is left
-    out, as is one without a log-probability; the mass that is missing from 1 is the tail.
+    out, as is one without a log-probability; the mass that is missing from 1 is the tail. No entry is below e^FLOOR.
     """
     found = []
     for position in entries:
         named = [(_id_of(token, table), logp) for token, logp in position or () if logp is not None]
-        found.append({number: math.exp(min(logp, 0.0)) for number, logp in named if number is not None})
+        found.append({number: math.exp(min(max(logp, FLOOR), 0.0)) for number, logp in named if number is not None})
     width = max(map(len, found), default=0)
     ids, probs = np.zeros((len(found), width), np.int32), np.zeros((len(found), width), np.float32)
     for at, position in enumerate(found):

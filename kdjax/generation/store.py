@@ -14,7 +14,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -121,17 +121,22 @@ def read_rollouts(directory: str | Path) -> list[Rollout]:
 
     Raises ValueError that names the line that is no rollout, or that answers once more what is answered.
     """
-    path, found = Path(directory) / ROLLOUTS, dict[tuple[str, int], Rollout]()
+    return list({rollout.key: rollout for rollout in each_rollout(directory)}.values())
+
+
+def each_rollout(directory: str | Path) -> Iterator[Rollout]:
+    """As `read_rollouts`, a line at a time: failures too of what is answered later. Log-probabilities take memory."""
+    path, answered = Path(directory) / ROLLOUTS, set[tuple[str, int]]()
     for number, record in enumerate(read_lines(path), 1):
         rollout = _parse(record, f"{path}, line {number}")
-        before = found.get(rollout.key)
-        if before is not None and before.finish != FAILED:
+        if rollout.key in answered:
             raise ValueError(
                 f"{path}, line {number} must be of a sample without an answer, got sample {rollout.sample} of "
                 f"{rollout.id!r} again; two processes wrote this file. Remove one of the lines."
             )
-        found[rollout.key] = rollout
-    return list(found.values())
+        if rollout.finish != FAILED:
+            answered.add(rollout.key)
+        yield rollout
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@
     sparse_divergence   the same against K stored entries of the teacher per row
     topk                the K most likely entries
     linear_sample       K draws from the distribution, or from a power of it
+    head_gradient       the squared norm of an answer's gradient in the head, its parts, its product with the question's
     attention           over keys and not over the vocabulary: its own shapes, tests and names (see there)
 
 An op is a folder. `__init__.py` is the public function: it checks its arguments and asks `_dispatch` who runs.

@@ -13,9 +13,10 @@ import optax
 from jax import lax
 
 from kdjax import registry
+from kdjax.kernels.head_gradient import HeadGradient
 from kdjax.kernels.linear_sample import Sample
 from kdjax.kernels.linear_stats import LinearStats, PairStats
-from kdjax.kernels.shapes import Arguments
+from kdjax.kernels.shapes import Arguments, in_answers
 from kdjax.kernels.topk import TopK
 from kdjax.types import Array, Head
 
@@ -117,6 +118,43 @@ def _linear_sample(a: Arguments) -> Sample:
     )
 
 
+def _head_gradient(a: Arguments) -> HeadGradient:
+    def losses(weight: Array, hidden: Array, labels: Array) -> Array:
+        logp = jax.nn.log_softmax(logits(hidden, dataclasses.replace(a.head, weight=weight)))
+        return -jnp.take_along_axis(logp, labels[:, None], 1)[:, 0]
+
+    def gradient(hidden: Array, labels: Array, weights: Array) -> Array:
+        return jax.grad(lambda weight: jnp.vdot(weights, losses(weight, hidden, labels)))(a.head.weight)
+
+    def answer(rows: tuple[Array, Array, Array]) -> HeadGradient:
+        hidden, labels, weights = rows
+        own = gradient(hidden, labels, weights)
+        towards = jax.jvp(lambda weight: losses(weight, hidden, labels), (a.head.weight,), (own,))[1]
+        whole, stats = logits(hidden, a.head), _stats(hidden, a.head, labels)
+        above = whole > jnp.take_along_axis(whole, labels[:, None], 1)
+        error = jax.nn.softmax(whole) - jax.nn.one_hot(labels, whole.shape[1])
+        slope = a.head.logit_scale * (1 - (whole / a.head.soft_cap) ** 2 if a.head.soft_cap else 1)
+        return HeadGradient(
+            norm=jnp.sum(own**2),
+            share=weights * towards,
+            token_norm=jnp.sum((error * slope) ** 2, -1) * jnp.sum(jnp.square(hidden.astype(jnp.float32)), -1),
+            label_logp=stats.label_logp,
+            brier=stats.brier,
+            rank=1 + jnp.sum(above, -1, dtype=jnp.int32),
+            cross=jnp.vdot(own, asked),
+        )
+
+    answers, question = in_answers(a)
+    asked = gradient(*(array[0] for array in question))
+    stats = _stats(question[0][0], a.head, question[1][0])
+    return dataclasses.replace(
+        lax.map(answer, answers),
+        question_norm=jnp.sum(asked**2)[None],
+        question_label_logp=stats.label_logp[None],
+        question_brier=stats.brier[None],
+    )
+
+
 NAIVE: dict[str, Callable[[Arguments], Any]] = {
     "linear_stats": _linear_stats,
     "linear_pair_stats": _linear_pair_stats,
@@ -124,4 +162,5 @@ NAIVE: dict[str, Callable[[Arguments], Any]] = {
     "sparse_divergence": _sparse_divergence,
     "topk": _topk,
     "linear_sample": _linear_sample,
+    "head_gradient": _head_gradient,
 }

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax import registry
-from kdjax.kernels import linear_divergence, linear_sample, linear_stats, sparse_divergence, topk
+from kdjax.kernels import head_gradient, linear_divergence, linear_sample, linear_stats, sparse_divergence, topk
 from kdjax.types import Array, Head
 
 
@@ -146,6 +146,20 @@ def _sample(a: Arguments, implementation: str | None) -> Any:
     return linear_sample.linear_sample(a.hidden, a.head, a.uniforms, implementation=implementation)
 
 
+def in_answers(a: Arguments) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, Array]]:
+    """Seven answers and one question for `head_gradient`, eighths of the rows: (hidden, labels, weights) of each."""
+    size = a.hidden.shape[0] // 8
+    rows = (a.hidden, a.labels, a.weight / size)
+    eighths = jax.tree.map(lambda array: array[: 8 * size].reshape(8, size, *array.shape[1:]), rows)
+    return jax.tree.map(lambda array: array[:7], eighths), jax.tree.map(lambda array: array[7:], eighths)
+
+
+def _head_gradient(a: Arguments, implementation: str | None) -> Any:
+    (hidden, labels, weights), asked = in_answers(a)
+    rows = (hidden, a.head, labels, weights)
+    return head_gradient.answer_gradient(*rows, question=asked, rank=True, implementation=implementation)
+
+
 _STORED = ("ids", "probs", "weight")
 _TEACHER = ("teacher_hidden", "teacher_head", "labels")
 CASES = {
@@ -157,6 +171,7 @@ CASES = {
     "sparse_divergence+grad": Case(sparse_divergence, _sparse, _STORED, gradient=True),
     "topk": Case(topk, _topk, ("entries",)),
     "linear_sample": Case(linear_sample, _sample, ("uniforms",)),
+    "head_gradient": Case(head_gradient, _head_gradient, ("labels", "weight")),
 }
 
 

@@ -93,12 +93,13 @@ def check_pair(head: Head, teacher_head: Head) -> None:
 
 
 def tile_logits(hidden: Float[Array, "C D"], head: Head) -> Float[Array, "C V"]:
-    """float32 logits of one tile, scale and soft-cap applied, on this device's columns.
+    """float32 logits of one tile, scale and soft-cap applied, on this device's columns; float64 of float64 states.
 
     Padding columns are cut off; those of a head that is split over devices have the logit MASKED.
     """
     contract = (((1,), (1 if head.vocab_major else 0,)), ((), ()))
-    logits = lax.dot_general(hidden, head.weight, contract, preferred_element_type=jnp.float32)
+    at_least = jnp.promote_types(hidden.dtype, jnp.float32)
+    logits = lax.dot_general(hidden, head.weight, contract, preferred_element_type=at_least)
     width = head_width(head)
     if head.vocab_axis is None and head.vocab_size < width:
         logits = logits[:, : head.vocab_size]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from kdjax import registry
-from kdjax.models import decoder, decoder_cached, flax_models, gemma3, llama, qwen2, qwen3
+from kdjax.models import decoder, decoder_cached, flax_models, gemma3, llama, qwen2, qwen3, shared_prefix
 from kdjax.models.params import ModelConfig, ParamSpec, RopeScaling, TensorKey, abstract, init
 from kdjax.sharding import Rules
 from kdjax.types import Array, Head, Params
@@ -27,11 +27,13 @@ __all__ = [
     "family_of",
     "head",
     "hidden",
+    "hidden_and_states",
     "hidden_cached",
     "init_cache",
     "init_params",
     "key_map",
     "param_specs",
+    "shares_prefixes",
 ]
 
 
@@ -47,6 +49,7 @@ class Family(NamedTuple):
     spread_cache: Callable[..., Any] = decoder_cached.spread_cache
     unrolled: Callable[..., Params] = decoder_cached.unrolled
     hidden_cached: Callable[..., tuple[Array, Any]] = decoder_cached.hidden_cached
+    hidden_and_states: Callable[..., tuple[Array, Array]] | None = shared_prefix.hidden_and_states
 
 
 # model_type of config.json -> family
@@ -146,3 +149,35 @@ def hidden_cached(
     """
     run = family_of(cfg).hidden_cached
     return run(cfg, params, tokens, positions, cache, rules=rules, compute_dtype=compute_dtype)
+
+
+def shares_prefixes(cfg: ModelConfig) -> bool:
+    """Whether `hidden_and_states` runs for this model."""
+    return family_of(cfg).hidden_and_states is not None
+
+
+def hidden_and_states(
+    cfg: ModelConfig,
+    params: Params,
+    tokens: Array,
+    segment_ids: Array,
+    positions: Array,
+    *,
+    question: int,
+    answers: int,
+    tap: str = "",
+    rules: Rules = Rules(),
+    compute_dtype: Any = jnp.float32,
+) -> tuple[Array, Array]:
+    """Hidden states [B, T, D] and tapped states [B, T, F] of rows of a question and its answers; see shared_prefix.py.
+
+    Raises ValueError for a model whose layers kdjax does not know, for an unknown tap and a row of another length.
+    """
+    run = family_of(cfg).hidden_and_states
+    if run is None:
+        raise ValueError(
+            f"the model must be of a family of kdjax for its layers to be looked into, got {cfg.family!r}. Take its "
+            "hidden states alone, one answer a row."
+        )
+    parts = {"question": question, "answers": answers, "tap": tap}
+    return run(cfg, params, tokens, segment_ids, positions, rules=rules, compute_dtype=compute_dtype, **parts)

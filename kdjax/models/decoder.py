@@ -41,6 +41,7 @@ NAMES: dict[str, tuple[str, bool]] = {
     "w_down": ("mlp.down_proj.weight", True),
 }
 Product = Callable[..., Array]  # layers.project or layers.project_few
+Mixer = Callable[..., Array]  # (q [B, T, N, H], k, v [B, T, G, H], segment_ids [B, T]) -> [B, T, N, H]
 INPUT_AXES = {"embed": 1, "final_norm": 1, "head": 1, "wo": 2}  # how many leading axes of a layer's leaf are the input
 
 
@@ -151,14 +152,20 @@ def trunk(
     rules: Rules,
     compute_dtype: Any,
     checkpoint: Callable[..., Any] | None,
+    over: Callable[[Mixer], Mixer] = lambda mixer: mixer,
+    last: bool = False,
 ) -> tuple[Array, Any]:
-    """Hidden states, and without `checkpoint` the keys and values [L, B, T, G, H] that they were made of."""
+    """Hidden states, and without `checkpoint` the keys and values [L, B, T, G, H] that they were made of.
+
+    over: makes of attention over rows what mixes these. last: with the hidden states come not keys and values but the
+    residual stream [B, T, D] in the last layer after attention, and after that layer.
+    """
     rope_of = ropes(cfg, positions)
     specs = (*[rules.heads_spec] * 3, rules.batch_spec(2)), rules.heads_spec
     mixer = functools.partial(attention, soft_cap=cfg.attn_soft_cap, implementation=rules.attention)
-    kinds = [rules.rowwise(functools.partial(mixer, window=w), *specs) for w in _windows(cfg, tokens.shape[1])]
+    kinds = [rules.rowwise(over(functools.partial(mixer, window=w)), *specs) for w in _windows(cfg, tokens.shape[1])]
 
-    def layer(x: Array, inputs: tuple[Params, Array | None]) -> tuple[Array, Any]:
+    def layer(stream: tuple[Array, ...], inputs: tuple[Params, Array | None]) -> tuple[tuple[Array, ...], Any]:
         weights, local = at_use(inputs[0], rules, compute_dtype), inputs[1]
         seen: list[Array] = []
 
@@ -168,13 +175,16 @@ def trunk(
                 return kinds[0](q, k, v, segment_ids)
             return jax.lax.cond(local, *kinds, q, k, v, segment_ids)
 
-        x = feed_forward(cfg, weights, attention_block(cfg, weights, x, rope_of(local), mix, rules), rules)
-        return x, None if checkpoint else tuple(seen)
+        middle = attention_block(cfg, weights, stream[-1], rope_of(local), mix, rules)
+        x = feed_forward(cfg, weights, middle, rules)
+        return (middle, x) if last else (x,), None if checkpoint or last else tuple(seen)
 
     x = embed(cfg, params, tokens, rules, compute_dtype)
     scanned = params["layers"], kinds_of(cfg)
-    x, kept = jax.lax.scan(checkpoint(layer) if checkpoint else layer, x, scanned)
-    return rules.reshard(norm(cfg, x, params["final_norm"]), rules.batch_spec(3)), kept
+    stream: tuple[Array, ...] = (x, x) if last else (x,)
+    stream, kept = jax.lax.scan(checkpoint(layer) if checkpoint else layer, stream, scanned)
+    hidden = rules.reshard(norm(cfg, stream[-1], params["final_norm"]), rules.batch_spec(3))
+    return hidden, stream if last else kept
 
 
 # --- local and global layers

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -115,7 +114,7 @@ def refuse_init(kind: str, path: str) -> None:
         )
 
 
-def functions(family: str) -> dict[str, Callable[..., Any]]:
+def functions(family: str) -> dict[str, Any]:
     """The fields of a `models.Family` for the family of an opened model."""
 
     def refuse(*_: Any) -> Any:
@@ -135,6 +134,7 @@ def functions(family: str) -> dict[str, Callable[..., Any]]:
         "spread_cache": spread_cache,
         "unrolled": lambda cfg, params, dtype: params,
         "hidden_cached": hidden_cached,
+        "hidden_and_states": None,
     }
 
 

@@ -77,6 +77,7 @@ class OwnAnswers:
         self._fed = fed_places(rules, e.train.batch_size, e.train.accumulate)
         self._own = own_steps(self._e.on_policy.fraction, self._e.train.steps, self._e.train.seed)
         self._round: tuple[int, Asked] | None = None
+        self._rounds: dict[int, PassRates] = {}
         self._block: tuple[int, Rows, dict[str, np.ndarray]] | None = None
 
     def takes(self, step: int) -> bool:
@@ -104,6 +105,8 @@ class OwnAnswers:
             answers = list(self._write(params, prompts, number))
             verdicts, began = self._verdicts(prompts, answers), step
             figures = _figures(answers, verdicts)
+            if self._e.pass_rates.every:
+                figures["rollout_effective_prompts"] = _effective(asked.weight)
         else:
             answers, figures, began = found
         keep = np.array([bool(a.tokens) and (a.finished or o.truncated == "keep") for a in answers])
@@ -187,7 +190,9 @@ class OwnAnswers:
         if base is None or not count:
             return self._asked
         if self._round is None or self._round[0] != count:
-            found = weigh([base, *(self._counted(base, r * every, every) for r in range(count))], self._e.pass_rates)
+            for r in range(len(self._rounds), count):  # each file is read once
+                self._rounds[r] = self._counted(base, r * every, every)
+            found = weigh([base, *(self._rounds[r] for r in range(count))], self._e.pass_rates)
             self._round = count, dataclasses.replace(self._asked, weight=found.weight)
         return self._round[1]
 
@@ -336,6 +341,11 @@ def own_steps(fraction: Any, steps: int, seed: int) -> np.ndarray:
 
 def _rng(e: Experiment, *purpose: int) -> np.random.Generator:
     return np.random.default_rng([e.train.seed, *purpose])
+
+
+def _effective(weight: np.ndarray) -> float:
+    """(sum w)^2 / (N sum w^2): which share of the prompts, all weighed alike, would vary as little; in (0, 1]."""
+    return float(weight.sum() ** 2 / (len(weight) * (weight**2).sum()))
 
 
 def _figures(answers: Sequence[Answer], verdicts: Sequence[str] | None) -> dict[str, float]:

@@ -14,6 +14,7 @@ from kdjax.verifiers.formulas import symbolic
 from kdjax.verifiers.gym import reasoning_gym
 from kdjax.verifiers.multiple_choice import choice
 from kdjax.verifiers.numeric_answers import numeric
+from kdjax.verifiers.released_rule import released_rule
 from kdjax.verifiers.texts import exact, regex
 
 # name -> (response, prompt) -> Finding
@@ -26,6 +27,7 @@ VERIFIERS: dict[str, Verifier] = {
     "reasoning_gym": reasoning_gym,
     "instructions": instructions,
     "code": unit_tests,
+    "released_rule": released_rule,  # of SCAS; accepts 17 for 7
 }
 
 

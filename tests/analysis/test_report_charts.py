@@ -8,6 +8,7 @@ import pytest
 
 from kdjax.analysis.report_charts import (
     BOTTOM,
+    COLOURS,
     DASH,
     HEIGHT,
     LABEL_HEIGHT,
@@ -17,6 +18,7 @@ from kdjax.analysis.report_charts import (
     TOP,
     WIDTH,
     Series,
+    arm_css,
     chart,
     linear_axis,
     log_axis,
@@ -126,3 +128,39 @@ def test_power_of_ten_is_taken_out_of_small_numbers():
 
 def test_titles_are_escaped():
     assert "<b>a&lt;b</b>" in chart("a<b", "", [Series("", [0, 1], [0, 1])])
+
+
+def test_points_have_bars_and_hollow_dots():
+    nan = float("nan")
+    points = Series("", [1, 2, 3, 4], [5, 6, nan, 8], low=[4, nan, 1, 8], high=[7, 9, 2, 10], mark="points")
+    svg = chart("x", "", [points], ends=False)
+    assert "nan" not in svg
+    dots = re.findall(r'class="dot after( few)?" cx="([^"]*)" cy="([^"]*)"', svg)
+    assert [few for few, _, _ in dots] == ["", " few", ""], "6 has no interval; what has no value is left out"
+    bars = [tuple(map(float, bar)) for bar in re.findall(r'd="M([\d.]+) ([\d.]+)V([\d.]+)"', svg)]
+    heights = [low - high for _, low, high in bars]
+    assert heights[0] / heights[1] == pytest.approx((7 - 4) / (10 - 8), rel=0.01)
+    assert float(dots[0][1]) > LEFT, "beside the axis and not on it"
+    assert "few" not in chart("x", "", [Series("", [1, 2], [5, 6], mark="points")])
+
+
+def test_columns_stand_on_zero():
+    svg = chart("x", "", [Series("", [0, 1, 2], [50, 100, -25], mark="columns")])
+    zero = float(re.search(r'class="zero" d="M[\d.]+ ([\d.]+)', svg)[1])
+    tops = [tuple(map(float, one)) for one in re.findall(r'y="([\d.]+)" width="[\d.]+" height="([\d.]+)"', svg)]
+    assert [round(top + height, 1) for top, height in tops[:2]] == [zero, zero]
+    assert tops[2][0] == zero
+    assert tops[1][1] == pytest.approx(2 * tops[0][1], abs=0.31)
+    assert tops[0][1] == pytest.approx(2 * tops[2][1], abs=0.31)
+    above = chart("x", "", [Series("", [3, 4], [98, 99], mark="columns")])
+    assert ">0<" in above, "0 is on the axis, however far"
+    crowded = chart("x", "", [Series("", [0, 0.01, 1], [1, 1, 1], mark="columns")])
+    assert float(re.search(r'width="([\d.]+)"', crowded)[1]) < 4, "columns never overlap"
+
+
+def test_each_arm_has_a_colour_in_both_themes():
+    light, dark = re.search(
+        r":root\{([^}]*)\}@media \(prefers-color-scheme: dark\)\{:root\{([^}]*)\}\}", arm_css()
+    ).groups()
+    for theme in (light, dark):
+        assert re.findall(r"--(arm\d):#", theme) == [f"arm{k}" for k in range(len(COLOURS))]

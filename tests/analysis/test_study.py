@@ -109,7 +109,7 @@ def test_a_bad_study_is_refused_by_its_field(changes, message):
 
 
 def test_another_config_is_no_study():
-    with pytest.raises(ValueError, match=r"^a study has no field 'cache'\. Known: arms, "):
+    with pytest.raises(ValueError, match=r"^a study has no field 'answers'\. Did you mean 'base'\? Known: arms, "):
         from_study_config(default_config())
     with pytest.raises(
         ValueError, match=r"^get_config\(\) must return a study as default_study\(\) makes it, got dict"

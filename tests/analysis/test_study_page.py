@@ -1,6 +1,5 @@
 """The page of a study: what it shows, that it needs nothing else, that nothing from outside is live in it."""
 
-import html.parser
 import re
 
 import pytest
@@ -8,6 +7,7 @@ import pytest
 from kdjax.analysis import study_page, study_table
 from kdjax.analysis.study import default_study, from_study_config
 from kdjax.analysis.study_stats import Mean
+from tests.analysis.html_page import Page
 
 EVIL = "<script>alert('x')</script>\"&<img src=x onerror=alert(1)>"
 
@@ -44,31 +44,6 @@ def record(name, seed, perplexity):
         | {"figures": cells, "teacher": {}, "heldout_tokens": 4000, "costs": costs, "curve": curve}
         | {"phases": {"train": phase}}
     )
-
-
-class Page(html.parser.HTMLParser):
-    """Elements with their attributes, texts, and whether every element is closed in order."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.elements, self.texts, self.badly_nested = [], [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        if not self.open or self.open.pop() != tag:
-            self.badly_nested.append(tag)
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] not in ("script", "style"):
-            self.texts.append(data)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ EXAMPLES = {
     ),
     "instructions": (Prompt("p", "?", meta={"instructions": [{"check": "lower"}]}), "abc", "ABC"),
     "code": (Prompt("p", "?", meta={"tests": "assert f() == 1"}), None, ""),
+    "released_rule": (Prompt("p", "1 + 2?", "3"), "3", "4"),
 }
 every_verifier = pytest.mark.parametrize("name", VERIFIERS)
 

@@ -61,8 +61,26 @@ LONG = {
     "checkpoint.every": 2,
     "checkpoint.keep": 1000,
 }
+# Steps 2, 3 and 5 on own answers, two steps' worth at a time; so fast that the second block depends on the first.
+OWN = LONG | {
+    "selection.policy": "all",
+    "prompts.path": "arith:sum1",
+    "prompts.size": 30,
+    "prompts.answers": "gold",
+    "data.chat_template": False,
+    "generation.new_tokens": 5,
+    "generation.batch_size": 8,
+    "on_policy.fraction": 0.85,
+    "on_policy.block": 2,
+    "loss.terms": (("reverse_kl", 1.0),),
+    "optim.learning_rate": 1e-2,
+    "train.batch_size": 8,
+    "train.steps": 5,
+    "checkpoint.every": 100000,
+}
 # Tensor parallelism across the processes: both hold all rows.
 ACROSS = {"mesh.preset": "tp", "mesh.shape": "model:2,data:4", "checkpoint.every": 100000}
+DONE = ["curate 0 is done", "cache_teacher 1 is done", "train 2 is done", "train 3 is done", "train 4 is done"]
 
 
 def typed(workdir, **changes):
@@ -126,11 +144,13 @@ def pair(tmp_path_factory):
     save_hf(root / "teacher", cfg, models.init_params(cfg, jax.random.key(0)), synthetic.make_tokenizer())
     for script in ("curate", "cache_teacher", "train"):
         run_script(script, *typed(root / "one"))
+    run_script("train", *typed(root / "own_one", **OWN))
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 4)
         run_script("train", *typed(root / "short", **LONG))
     cut_back(root / "short", root / "long", 2)
     scenes = [(script, *typed(root / "two")) for script in ("curate", "cache_teacher", "train")]
+    scenes.append(("train", *typed(root / "own_two", **OWN)))
     scenes.append(("train", *typed(root / "long", **LONG | ACROSS)))
     scenes.append(("evaluate", f"--workdir={root / 'two'}"))
     logs, started = start(root, scenes)
@@ -178,7 +198,7 @@ def disturb(found, started, logs):
     if not until(lambda: lines(long)[-1]["step"] > 4, started):  # those up to 4 are of the copy
         return
     started[1].send_signal(signal.SIGTERM)
-    if not until(lambda: all("train 3 is done" in out.read_text() for out, _ in logs), started):
+    if not until(lambda: all("train 4 is done" in out.read_text() for out, _ in logs), started):
         return
     found.stopped = lines(long)[-1]["step"]
     started[1].kill()
@@ -194,7 +214,7 @@ def said(pair):
 def test_all_scenes_were_gone_through(pair):
     for out in pair.out:
         done = [line for line in out.splitlines() if line.endswith("is done")]
-        assert done == ["curate 0 is done", "cache_teacher 1 is done", "train 2 is done", "train 3 is done"], said(pair)
+        assert done == DONE, said(pair)
     assert "2 processes, 8 x cpu" in pair.err[0]
 
 
@@ -246,6 +266,20 @@ def test_training_is_the_same(pair):
     assert held_out(two) == pytest.approx(held_out(one), rel=1e-5)
 
 
+def test_own_answers_and_what_is_learned_from_them_are_the_same(pair):
+    blocks = [sorted((pair.root / run / "own_answers").iterdir()) for run in ("own_one", "own_two")]
+    names = ["block-000000.jsonl", "block-000001.jsonl"]
+    assert [[path.name for path in run] for run in blocks] == [names, names]
+    for one, two in zip(*blocks, strict=True):
+        (_, *wanted), (_, *found) = (list(map(json.loads, path.read_text().splitlines())) for path in (one, two))
+        assert len(wanted) == 16
+        assert [line["tokens"] for line in found] == [line["tokens"] for line in wanted]
+        assert [line["logp"] for line in found] == pytest.approx([line["logp"] for line in wanted], rel=1e-4)
+    wanted = lines(pair.root / "own_one")
+    assert [line["step"] for line in wanted if "rollout_teacher_nll" in line] == [2, 5]
+    close(lines(pair.root / "own_two"), wanted)
+
+
 def test_a_run_of_two_processes_goes_on_in_one(pair, monkeypatch):
     cut_back(pair.root / "two", pair.root / "from_two", 2)
     stop_at(monkeypatch, 1)
@@ -264,14 +298,13 @@ def test_a_run_of_one_process_goes_on_in_two_with_tensor_parallelism_across_them
 
 
 def test_process_0_alone_speaks(pair):
-    assert pair.out[0].count("held out: ") == 1
+    assert pair.out[0].count("held out: ") == 2
     assert "step 4/4" in pair.err[0]
-    done = ["curate 0 is done", "cache_teacher 1 is done", "train 2 is done", "train 3 is done"]
-    assert re.findall(r"\w+ \d is done", pair.out[1]) == done
+    assert re.findall(r"\w+ \d is done", pair.out[1]) == DONE
     # Gloo's threads write to the same stream, and break one another's lines.
     heard, silent = ({line for line in out.splitlines() if "peer rank" not in line} for out in pair.out[:2])
-    assert len(heard - {*done, ""}) >= 4
-    assert not heard & silent - {*done, ""}
+    assert len(heard - {*DONE, ""}) >= 4
+    assert not heard & silent - {*DONE, ""}
     assert "step 4/4" not in pair.err[1]
 
 

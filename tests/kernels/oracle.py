@@ -58,6 +58,28 @@ def statistics(logits, labels) -> dict[str, np.ndarray]:
     }
 
 
+def head_gradient(head: "HeadOracle", hidden, labels, weights) -> dict[str, np.ndarray]:
+    """Of sum_t weights_t (-log q_t[labels_t]) of one sequence: the gradient [V, D] in the head's matrix and its parts.
+
+    rank: how many logits are at least the label's without its own and its equals', plus one.
+    """
+    hidden, labels, weights, rows = f64(hidden), np.asarray(labels), f64(weights), np.arange(len(labels))
+    logits = head.logits(hidden)
+    error = np.exp(log_softmax(logits)) - (labels[:, None] == np.arange(logits.shape[1]))
+    slope = error * head.logit_scale * (1 - (logits / head.soft_cap) ** 2 if head.soft_cap else 1)
+    tokens = slope[:, :, None] * hidden[:, None, :]
+    gradient = (weights[:, None, None] * tokens).sum(0)
+    return {
+        "gradient": gradient,
+        "norm": (gradient**2).sum(),
+        "share": weights * (tokens * gradient[None]).sum((1, 2)),
+        "token_norm": (tokens**2).sum((1, 2)),
+        "label_logp": log_softmax(logits)[rows, labels],
+        "brier": (error**2).sum(-1),
+        "rank": 1 + (logits > logits[rows, labels][:, None]).sum(-1),
+    }
+
+
 def slope(function: Rowwise, logits, step: float = 1e-5) -> np.ndarray:
     """d function(logits)[n] / d logits[n, v] by central differences; rows are independent."""
     logits = f64(logits)

@@ -137,6 +137,19 @@ def test_oracle(name, monkeypatch):
         assert asked == ["cudnn"]
 
 
+@pytest.mark.parametrize(("name", "last"), [("short", 4), ("window_padded_one_kv_head", 135), ("all", 1)])
+def test_queries_of_the_last_places(name, last):
+    """135 queries are two blocks that begin at no multiple of a block."""
+    case = CASES[name]
+    problem = make_problem(case)
+    wanted, _ = expected(problem, case)
+    options = {"window": case.window, "soft_cap": case.soft_cap}
+    for implementation in ("reference", "xla"):
+        given = jnp.asarray(problem.q[:, -last:]), *map(jnp.asarray, problem[1:4])
+        got = by_name(implementation)(*given, **options)
+        check(got, wanted[:, -last:], 3e-6)
+
+
 @pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 def test_bfloat16(implementation):
     """Results in bfloat16, the softmax not: the error is that of rounded weights and results."""

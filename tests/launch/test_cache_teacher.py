@@ -160,10 +160,10 @@ def test_inspect_says_what_is_there_and_verify_runs_the_teacher_again(call, made
 
 def test_verify_finds_a_cache_of_other_draws(call, made, monkeypatch):
     """A header can be copied; what the teacher says cannot."""
-    from kdjax.curation import teacher_pass
+    from kdjax import offline
 
     workdir, _, _ = made
-    recorder = teacher_pass.make_recorder
+    recorder = offline.make_recorder
 
     def other(*arguments):
         made = recorder(*arguments)
@@ -175,7 +175,7 @@ def test_verify_finds_a_cache_of_other_draws(call, made, monkeypatch):
 
         return shifted
 
-    monkeypatch.setattr(teacher_pass, "make_recorder", other)
+    monkeypatch.setattr(offline, "make_recorder", other)
     out = call("cache_teacher", f"--inspect={workdir}/cache", "--verify=8")
     assert "WRONG: this is not what the teacher says" in out
 

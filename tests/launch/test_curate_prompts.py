@@ -140,6 +140,10 @@ def test_gradients_are_measured_per_pass_rate(call, text, tmp_path):
     at = next(i for i, line in enumerate(out) if "SNR" in line)
     assert [line.split()[0] for line in out[at + 1 : at + 1 + len(want)]] == list(want)
     assert out[at + 1 + len(want)].startswith("one small step with these weights gains ")
+    page = (tmp_path / "a" / "snr.html").read_text()
+    assert f"the SNR as a picture: {tmp_path / 'a' / 'snr.html'}" in out[at + 2 + len(want)]
+    assert all(f"<tr><th>{line['rate']}</th><td>{line['problems']}</td>" in page for line in summary["histogram"])
+    assert (tmp_path / "a" / "snr.svg").read_text().startswith("<svg ")
     assert all(line["noise"][0] > 0 for line in measured if line["problems"] > 1)
     with pytest.raises(ValueError, match=r"prompts\.answers must be set with --snr, got ''"):
         call("curate", *typed(tmp_path / "b", text), "--snr=3")

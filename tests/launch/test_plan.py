@@ -11,9 +11,13 @@ import pytest
 from absl import flags
 
 from kdjax import loop
+from kdjax.analysis.plan_generation import generation_figures, not_counted
 from kdjax.build import build
 from kdjax.config import default_config, from_config_dict
 from kdjax.data import abstract_batch, train_iterator
+from kdjax.generation.batching import padded_width
+from kdjax.models import synthetic
+from kdjax.models.decoder_cached import init_cache, spread_cache
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -63,6 +67,47 @@ def test_the_batch_is_shaped_as_the_one_of_a_run(experiment, built):
         return leaf.shape, leaf.dtype
 
     assert jax.tree.map(form, abstract_batch(experiment, built.rules, 264)) == jax.tree.map(form, real)
+
+
+def test_the_batch_of_a_privileged_teacher_is_shaped_as_the_one_of_a_run(plan, experiment):
+    prompts = dataclasses.replace(experiment.prompts, path="arith:sum1", size=20, answers="gold")
+    teacher = dataclasses.replace(experiment.teacher, privileged="{question} It is {answer}, is it not?")
+    data = dataclasses.replace(experiment.data, seq_len=64)
+    e = dataclasses.replace(experiment, prompts=prompts, teacher=teacher, data=data)
+    built = build(e)
+    columns = next(train_iterator(built.train, 4, 0))
+    columns["teacher"] = {name: column[columns["row_id"]] for name, column in built.text.teacher.items()}
+    real = loop.place(columns, built.rules, experiment.train.accumulate)
+    room = plan.teacher_room(e)
+    assert room >= len(" It is , is it not?")
+    planned = abstract_batch(e, built.rules, 264, room)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), planned) == jax.tree.map(lambda a: (a.shape, a.dtype), real)
+    rows = plan.data_figures(e)
+    assert rows["train_rows"] == len(built.train) < 20
+    assert rows["train_targets"] == built.train.loss_mask.sum()
+
+
+def test_what_own_answers_take(experiment):
+    """Keys and values as the sampler makes them: of the prompts that it reads, and of the answers."""
+    own = dataclasses.replace(experiment.on_policy, fraction=0.5, block=3)
+    generation = dataclasses.replace(experiment.generation, new_tokens=10, batch_size=6)
+    data = dataclasses.replace(experiment.data, seq_len=70)
+    e = dataclasses.replace(experiment, on_policy=own, generation=generation, data=data)
+    cfg = synthetic.config()
+    found = generation_figures(e, cfg)
+    width = padded_width(60)
+    read = jax.eval_shape(lambda: init_cache(cfg, 6, width, jax.numpy.float32))
+    made = jax.eval_shape(lambda cache: spread_cache(cache, 1, width + 10), read)
+    leaves = [leaf for cache in (read, made) for leaf in jax.tree.leaves((cache.keys, cache.values))]
+    assert found["own_answers_cache_bytes_at_most"] == sum(leaf.size * 4 for leaf in leaves)
+    assert found["own_tokens_a_block_at_most"] == 3 * 4 * 10
+    assert generation_figures(e, cfg, 2, 2)["own_answers_cache_bytes_at_most"] * 4 == sum(
+        leaf.size * 4 for leaf in leaves
+    )
+    (note,) = not_counted(e, found)
+    assert "for every 3 steps on own answers" in note
+    assert generation_figures(experiment, cfg) == {}
+    assert not_counted(experiment, {}) == []
 
 
 def test_figures_of_a_step(plan, experiment, built, live):

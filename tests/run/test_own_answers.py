@@ -265,6 +265,10 @@ def test_rates_are_estimated_anew_from_own_answers(tmp_path):
     expected = a / n * (1 - a / n)
     np.testing.assert_allclose(weights(3), expected / expected.mean(), rtol=1e-6)
     assert weights(5)[0] != weights(3)[0]
+    figures = own(tmp_path / "again", Solver(), **fields).load(1, None)
+    assert figures["rollout_effective_prompts"] == pytest.approx(
+        1 / np.mean((asked().weight / np.mean(asked().weight)) ** 2)
+    )
     again = drive(own(tmp_path, Solver(), **fields), range(4, 9))  # resumed: from the blocks on disk
     for step in range(4, 9):
         jax.tree.map(np.testing.assert_array_equal, again[step], columns[step])

@@ -15,26 +15,26 @@ MAX_BLOCKS = 8  # blocks are unrolled in the program, so long rows take longer b
 
 
 def attention(
-    q: Float[Array, "B T N H"],
+    q: Float[Array, "B S N H"],
     k: Float[Array, "B T G H"],
     v: Float[Array, "B T G H"],
     segment_ids: Int[Array, "B T"],
     *,
     window: int = 0,
     soft_cap: float = 0.0,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B S N H"]:
     """As the op."""
-    length = q.shape[1]
-    block = max(QUERY_BLOCK, -(-length // MAX_BLOCKS))
+    length, others = k.shape[1], k.shape[1] - q.shape[1]
+    block = max(QUERY_BLOCK, -(-q.shape[1] // MAX_BLOCKS))
     mixed = []
-    for start in range(0, length, block):
+    for start in range(others, length, block):
         end = min(start + block, length)
         first = first_key(start, window)
         distance = jnp.arange(start, end)[:, None] - jnp.arange(first, end)[None]
         near = (distance >= 0) & (distance < window) if window else distance >= 0
         same = segment_ids[:, start:end, None] == segment_ids[:, None, first:end]
         keys, values = k[:, first:end], v[:, first:end]
-        mixed.append(attend(q[:, start:end], keys, values, same & near[None], soft_cap))
+        mixed.append(attend(q[:, start - others : end - others], keys, values, same & near[None], soft_cap))
     return mixed[0] if len(mixed) == 1 else jnp.concatenate(mixed, 1)
 
 

@@ -26,7 +26,8 @@ class Header:
 
     teacher, tokenizer: fingerprints. student: of the student that chose the superset, '' without one.
     kind, entries, power, seed: as in config.Classes. tau: the temperature of what is stored.
-    dtype: the teacher's compute type. superset: share of a row's positions that is stored, 0 = all.
+    dtype: the teacher's compute type. superset: share of a row's positions that is stored at most, 0 = all; 1 without a
+    student: those of which the teacher says anything.
     entropy, label_logp: are they stored? rows: how many; rows_digest: `rows_digest` of their ids and hashes, in order.
     Raises ValueError if a field is out of range or two contradict each other.
     """
@@ -61,7 +62,8 @@ class Header:
         self._require("power", self.power > 0, "positive", "draws are from p^power")
         self._require("superset", 0 <= self.superset <= 1, "in [0, 1]", "it is a fraction, 0 stores all positions")
         named = "a fingerprint" if self.superset else "''"
-        self._require("student", bool(self.student) == (self.superset > 0), named, "it chooses the superset")
+        good = self.superset == 1 or bool(self.student) == (self.superset > 0)
+        self._require("student", good, named, "it chooses the superset")
         for count in ("seq_len", "rows", "rows_per_shard"):
             self._require(count, getattr(self, count) >= 1, "at least 1", "it is a count")
 

@@ -1,0 +1,157 @@
+"""The yardstick: exact gradients of an answer's mean loss, by a backward pass over all parameters.
+
+Costs three forward passes and as much memory as the parameters, twice with the question's: for small models, to see
+what the forward-only figures are worth, and for the scores that are made of projected gradients.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from kdjax.config import Loss
+from kdjax.curation.answers.encode import Encoded
+from kdjax.curation.snr import project
+from kdjax.kernels.linear_divergence import linear_divergence
+from kdjax.losses.cross_entropy import cross_entropy
+from kdjax.step import LanguageModel
+from kdjax.types import Array, Batch, Params
+
+ROUND_UP = 32  # widths of rows, so that few programs compile
+Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # int32 [T] ids, bool [T] positions A, bool [T] positions Q
+Value = Any  # an array of jax, on the host of numpy; None = not asked for
+Leaves = dict[str, Callable[[Params], Array]]  # name -> the part of a parameter tree
+
+
+@flax.struct.dataclass
+class AnswerGradient:
+    """float32 [] each. L_A, L_Q: mean NLL over A and over Q (nats); all norms and products are of whole gradients.
+
+    norm: AA* = ||grad L_A||^2. cross: AQ* = <grad L_A, grad L_Q>. question_norm: QQ* = ||grad L_Q||^2. Hence
+    ||grad (L_A + L_Q)||^2 = AA* + 2 AQ* + QQ*, and QQ* is the same for all answers to a question. leaves: of each named
+    part, ||grad L_A||^2. projected: [D], `snr.project` of grad L_A.
+    """
+
+    answer_nll: Value
+    norm: Value
+    leaves: dict[str, Value]
+    question_nll: Value = None
+    cross: Value = None
+    question_norm: Value = None
+    projected: Value = None
+
+
+def rows_of(encoded: Encoded) -> list[Row]:
+    """The rows of a question with its answers, as the scorer reads them; answers with an error are left out."""
+    q = encoded.question
+    return [
+        (
+            np.concatenate([q.ids, each.tokens.ids]),
+            np.concatenate([np.zeros(len(q.ids), bool), each.tokens.counted]),
+            np.concatenate([q.counted, np.zeros(len(each.tokens.ids), bool)]),
+        )
+        for each in encoded.answers
+        if not each.error
+    ]
+
+
+def last_layer(leaf: str = "w_up") -> Callable[[Params], Array]:
+    """The part of our models' parameter trees that is this matrix of the last block."""
+    return lambda params: params["layers"][leaf][-1]
+
+
+def make_answer_gradient(
+    model: LanguageModel, *, leaves: Leaves | None = None, question: bool = False, dimensions: int = 0, seed: int = 0
+) -> Callable[[Params, Array, Array, Array, Array], AnswerGradient]:
+    """gradient(params, tokens, length, answer, question) of one row; tokens int32 [T] padded after `length`.
+
+    answer, question: bool [T], the positions of A and Q; a token is predicted by the state before it, so position 0 has
+    no loss. To be jitted; under `jax.vmap` over the last four it holds as many gradients as there are rows. Without
+    `question` the second backward pass is left out.
+    """
+    term = cross_entropy(Loss())
+
+    def losses(params: Params, tokens: Array, length: Array, masks: tuple[Array, ...]) -> tuple[Array, ...]:
+        places = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+        batch = Batch(
+            tokens=tokens[None],
+            segment_ids=(places < length).astype(jnp.int32)[None],
+            positions=places[None],
+            loss_mask=jnp.zeros((1, *tokens.shape), bool),
+            row_id=jnp.zeros(1, jnp.int32),
+            epoch=jnp.zeros(1, jnp.int32),
+            weight=jnp.ones(1),
+        )
+        hidden, head = model.hidden(params, batch)[0], model.head(params)
+        labels = jnp.roll(tokens, -1)
+        found = []
+        for mask in masks:
+            at = jnp.roll(mask & (places > 0) & (places < length), -1).astype(jnp.float32)
+            weight = at / jnp.maximum(at.sum(), 1.0)
+            found.append(linear_divergence(hidden, head, None, None, labels, weight, [term], [1.0])[0])
+        return tuple(found)
+
+    def gradient(params: Params, tokens: Array, length: Array, answer: Array, question_mask: Array) -> AnswerGradient:
+        masks = (answer, question_mask) if question else (answer,)
+        values, pull = jax.vjp(lambda p: losses(p, tokens, length, masks), params)
+        one, zero = jnp.ones(()), jnp.zeros(())
+        (own,) = pull((one, zero) if question else (one,))
+        (other,) = pull((zero, one)) if question else (None,)
+        return AnswerGradient(
+            answer_nll=values[0],
+            norm=_inner(own, own),
+            leaves={name: _inner(part(own), part(own)) for name, part in (leaves or {}).items()},
+            question_nll=values[1] if question else None,
+            cross=_inner(own, other) if question else None,
+            question_norm=_inner(other, other) if question else None,
+            projected=project(own, dimensions, seed) if dimensions else None,
+        )
+
+    return gradient
+
+
+def answer_gradients(
+    model: LanguageModel, params: Params, rows: Iterable[Row], **options: Any
+) -> Iterator[AnswerGradient]:
+    """`make_gradient_pass` for one pass: every call compiles anew."""
+    return make_gradient_pass(model, **options)(params, rows)
+
+
+def make_gradient_pass(
+    model: LanguageModel, **options: Any
+) -> Callable[[Params, Iterable[Row]], Iterator[AnswerGradient]]:
+    """run(params, rows) -> of each row the `AnswerGradient` on the host, one row at a time.
+
+    options: those of `make_answer_gradient`. One program is compiled per width, a multiple of ROUND_UP. Raises
+    ValueError for a row with an empty A (or an empty Q, if the question is asked for), or with a gradient that is not
+    finite.
+    """
+    gradient = jax.jit(make_answer_gradient(model, **options))
+
+    def run(params: Params, rows: Iterable[Row]) -> Iterator[AnswerGradient]:
+        for at, (ids, answer, question) in enumerate(rows):
+            asked = {"A": answer, "Q": question} if options.get("question") else {"A": answer}
+            for name, mask in asked.items():
+                if not mask[1:].any():
+                    raise ValueError(
+                        f"rows must have positions with a loss in {name}, got none in row {at} of {len(ids)} tokens. "
+                        "Leave it out."
+                    )
+            room = -len(ids) % ROUND_UP
+            padded = [np.pad(each, (0, room)) for each in (ids, answer, question)]
+            found = jax.device_get(gradient(params, padded[0], np.int32(len(ids)), *padded[1:]))
+            if not np.isfinite(found.norm):
+                raise ValueError(f"rows must have finite gradients, got one that is not in row {at}. Leave it out.")
+            yield found
+
+    return run
+
+
+def _inner(one: Any, other: Any) -> Float[Array, ""]:
+    """<one, other> over all leaves, float32."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return sum((jnp.vdot(a.astype(jnp.float32), b.astype(jnp.float32)) for a, b in pairs), start=jnp.zeros(()))

@@ -1,0 +1,270 @@
+"""The file of a choice of answers, selected.jsonl, made anew as a whole each time, and what can be said of it.
+
+  {"id", "teacher_name", "row", "score_key", "score_value", "score_rank", "group", "forced", "text", "cut_off"}
+
+score_key "" and score_value null, score_rank and group 0 where the policy reads no score. The manifest has "sha256" of
+the file, what it depends on, and counts that add up: selected + dropped questions are all, considered + not_drawn
+answers are the admitted ones, valid + errors are the considered ones.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdjax import config, registry
+from kdjax.curation.answers.pool import Candidate
+from kdjax.curation.answers.released import as_released
+from kdjax.curation.answers.scored import ScoredFile
+from kdjax.curation.answers.scores import Context, rate
+from kdjax.curation.answers.select import Chosen, Pick, ScoredAnswer, choose, policy_of
+from kdjax.curation.answers.stage import FOLDER, FORMAT, manifest_of, records
+from kdjax.curation.answers.verify import Admitted, admitted_answers, right_shares
+from kdjax.run_log import write_whole
+
+NAME = "selected"
+Measure = Callable[[Candidate], tuple[int, str]]  # (tokens, why it cannot be trained on or "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """A line of the file. score_value: None where the policy reads no score."""
+
+    id: str
+    teacher_name: str
+    row: str
+    score_key: str
+    score_value: float | None
+    score_rank: int
+    group: int
+    forced: bool
+    text: str
+    cut_off: bool = False
+
+
+def select(
+    workdir: Path,
+    admitted: Admitted,
+    settings: config.Answers,
+    *,
+    scored: ScoredFile | None = None,
+    measure: Measure | None = None,
+    context: Context | None = None,
+    name: str = NAME,
+) -> dict[str, Any]:
+    """Choose for every question, write <workdir>/answers/<name>.jsonl and its manifest; returns the counts.
+
+    scored: the student's figures, for policies that read scores. measure: the length of an answer in tokens and why it
+    cannot be trained on, for the others; context: of the scores (None: answers.question_share). All questions share one
+    generator of answers.seed. Raises ValueError if what the policy reads is not given or not whole, for an unknown
+    policy, score or teacher, and if nothing is selected.
+    """
+    settings = _resolved(as_released(settings), admitted, scored, measure)
+    context = context or Context(question_share=settings.question_share)
+    tally, draws = _Tally(), random.Random(settings.seed)
+    path = workdir / FOLDER / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside, digest = path.with_name(path.name + ".tmp"), hashlib.sha256()
+    with open(beside, "wb") as file:
+        for prompt, candidates in admitted_answers(admitted, settings):
+            answers, nlls = _scored(candidates, settings, scored, measure, context)
+            chosen = choose(prompt.id, answers, settings, draws)
+            tally.add(prompt.id, answers, nlls, chosen)
+            for one in _lines(candidates, chosen, settings) if isinstance(chosen, Chosen) else ():
+                line = (json.dumps(dataclasses.asdict(one), ensure_ascii=False, allow_nan=False) + "\n").encode()
+                digest.update(line)
+                file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+    counts = tally.counts(admitted)
+    if not counts["rows"]:
+        beside.unlink()
+        raise ValueError(
+            f"answers.policy must leave answers to train on, got none with {settings.policy!r} of "
+            f"{counts['questions']} questions ({counts['dropped']}). Look at answers.small_pool, "
+            "answers.teacher and the errors of the scores."
+        )
+    depends = {"format": FORMAT, "pool": admitted.pool.content, "scored": scored.path.name if scored else ""}
+    depends |= {"settings": dataclasses.asdict(settings)}
+    os.replace(beside, path)
+    manifest = {"depends": depends, "counts": counts, "sha256": digest.hexdigest()}
+    write_whole(manifest_of(path), json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    return counts
+
+
+def read_selected(workdir: Path, name: str = NAME) -> Iterator[Selected]:
+    """The answers that are trained on, in the order of the questions' ids. ValueError if they are not there."""
+    path, command = workdir / FOLDER / f"{name}.jsonl", "python -m launch.curate"
+    try:
+        manifest = json.loads(manifest_of(path).read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            whole = hashlib.file_digest(file, "sha256").hexdigest() == manifest["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} must hold the selected answers, got none: {error}. Run `{command}` with the same config."
+        ) from error
+    if not whole:
+        raise ValueError(
+            f"{path} must be the file that its manifest is of, got another one; a run was stopped, or somebody wrote "
+            f"there. Run `{command}` again."
+        )
+    return (Selected(**record) for _, record in records(path))
+
+
+def teacher_shares(selection: Iterable[Selected]) -> dict[str, float]:
+    """Teacher -> its share of the answers."""
+    counts = collections.Counter(one.teacher_name for one in selection)
+    return {name: counts[name] / counts.total() for name in sorted(counts)}
+
+
+def overlap(one: Iterable[Selected], other: Iterable[Selected]) -> float:
+    """The mean over the questions of both selections of |same answers| / |answers of either|; NaN if there is none."""
+    found = []
+    for selection in (one, other):
+        rows: dict[str, set[str]] = {}
+        for answer in selection:
+            rows.setdefault(answer.id, set()).add(answer.row)
+        found.append(rows)
+    both = found[0].keys() & found[1].keys()
+    shares = [len(found[0][name] & found[1][name]) / len(found[0][name] | found[1][name]) for name in both]
+    return math.fsum(shares) / len(shares) if shares else math.nan
+
+
+class _Tally:
+    """Counts over the questions."""
+
+    def __init__(self) -> None:
+        self._dropped: dict[str, list[str]] = {}
+        self._errors: collections.Counter[str] = collections.Counter()
+        self._teachers: collections.Counter[str] = collections.Counter()
+        self._groups: collections.Counter[int] = collections.Counter()
+        self._of_group: dict[int, list[float]] = {}
+        self._questions = self._considered = self._valid = self._forced = 0
+
+    def add(self, question: str, answers: Sequence[ScoredAnswer], nlls: Mapping[str, float], chosen: Any) -> None:
+        self._questions += 1
+        self._considered += len(answers)
+        self._valid += len(chosen.ranked)
+        valid = {pick.answer.row for pick in chosen.ranked}
+        self._errors.update(answer.error or "no_score" for answer in answers if answer.row not in valid)
+        for pick in chosen.ranked if nlls else ():
+            sums = self._of_group.setdefault(pick.group, [0, 0.0, 0.0, 0.0])
+            figures = (1, pick.answer.score, nlls[pick.answer.row], pick.answer.length)
+            self._of_group[pick.group] = [a + b for a, b in zip(sums, figures, strict=True)]
+        if not isinstance(chosen, Chosen):
+            self._dropped.setdefault(chosen.reason, []).append(question)
+            return
+        self._forced += chosen.forced
+        self._teachers.update(pick.answer.teacher for pick in chosen.picks)
+        self._groups.update(pick.group for pick in chosen.picks)
+
+    def counts(self, admitted: Admitted) -> dict[str, Any]:
+        dropped = {reason: len(names) for reason, names in sorted(self._dropped.items())}
+        found = admitted.counts["reasons"][""]
+        of_group = {}
+        for group, (number, score, nll, length) in sorted(self._of_group.items()):
+            means = (score / number, nll / number, length / number)
+            of_group[str(group)] = {"answers": int(number)} | dict(
+                zip(("score", "answer_nll", "n_answer"), means, strict=True)
+            )
+        return {
+            "questions": self._questions,
+            "selected": self._questions - sum(dropped.values()),
+            "forced": self._forced,
+            "dropped": dropped,
+            "rows": self._teachers.total(),
+            "teachers": dict(sorted(self._teachers.items())),
+            "groups": {str(group): count for group, count in sorted(self._groups.items())},
+            "admitted": found,
+            "not_drawn": found - self._considered,
+            "considered": self._considered,
+            "valid": self._valid,
+            "errors": dict(sorted(self._errors.items())),
+            "means_of_groups": of_group,
+            "dropped_questions": dict(sorted(self._dropped.items())),
+        }
+
+
+def _resolved(
+    settings: config.Answers, admitted: Admitted, scored: ScoredFile | None, measure: Measure | None
+) -> config.Answers:
+    """The settings with the teacher that a policy takes. ValueError if something is missing."""
+    policy, teachers = policy_of(settings), admitted.pool.teachers
+    if policy.scores and scored is None:
+        raise ValueError(
+            f"answers.policy={settings.policy!r} must have scores, got none; the student has to read the answers "
+            "first. Run `python -m launch.curate`, or set a policy without scores."
+        )
+    if policy.lengths and measure is None:
+        raise ValueError(f"answers.policy={settings.policy!r} must have lengths, got no measure of them.")
+    if settings.policy == "strongest":
+        shares = right_shares(admitted)
+        return dataclasses.replace(settings, teacher=max(sorted(shares), key=lambda name: shares[name]))
+    if settings.policy == "teacher" and settings.teacher not in teachers:
+        raise ValueError(
+            f"answers.teacher must be a teacher of answers.pool, got {settings.teacher!r}."
+            + registry.did_you_mean(settings.teacher, teachers)
+        )
+    return settings
+
+
+def _scored(
+    candidates: Sequence[Candidate],
+    settings: config.Answers,
+    scored: ScoredFile | None,
+    measure: Measure | None,
+    context: Context,
+) -> tuple[list[ScoredAnswer], dict[str, float]]:
+    """A question's answers as `choose` reads them, and d_A by row where they are scored."""
+    if not policy_of(settings).scores or scored is None:
+        measured = [(0, "") if measure is None else measure(one) for one in candidates]
+        rows = zip(candidates, measured, strict=True)
+        return [ScoredAnswer(one.row, one.teacher, length=n, error=error) for one, (n, error) in rows], {}
+    missing = [one for one in candidates if one.row not in scored]
+    if missing:
+        raise ValueError(
+            f"{scored.path} must hold the scores of all admitted answers, got none of {missing[0].row}, by "
+            f"{missing[0].teacher!r} to {missing[0].question.id!r}; scoring was stopped. Run the same command again."
+        )
+    lines = [scored[one.row] for one in candidates]
+    values = rate(settings.score, [None if line.error else line.values for line in lines], context)
+    answers = [
+        ScoredAnswer(line.row, line.teacher, value, int(_number(line.values.get("n_answer"))), line.error)
+        for line, value in zip(lines, values, strict=True)
+    ]
+    return answers, {line.row: line.values.get("answer_nll", math.nan) for line in lines}
+
+
+def _number(value: float | None) -> float:
+    return 0.0 if value is None or math.isnan(value) else value
+
+
+def _lines(candidates: Sequence[Candidate], chosen: Chosen, settings: config.Answers) -> Iterator[Selected]:
+    by_row = {one.row: one for one in candidates}
+    key = settings.score if policy_of(settings).scores else ""
+    for pick in chosen.picks:
+        yield _line(by_row[pick.answer.row], pick, key, chosen.forced)
+
+
+def _line(one: Candidate, pick: Pick, key: str, forced: bool) -> Selected:
+    score = pick.answer.score if key else None
+    return Selected(
+        id=one.question.id,
+        teacher_name=one.teacher,
+        row=one.row,
+        score_key=key,
+        score_value=score,
+        score_rank=pick.rank,
+        group=pick.group,
+        forced=forced,
+        text=one.text,
+        cut_off=one.cut_off,
+    )

@@ -1,0 +1,133 @@
+"""One question and all its answers in a pool, token by token, as the student of the config sees them."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdjax.analysis.explain_page import Explained, ExplainedAnswer
+from kdjax.build import Built
+from kdjax.curation.answers.encode import coding, encode
+from kdjax.curation.answers.pool import REASONS, Candidate, candidates, open_pool, reader
+from kdjax.curation.answers.released import as_released
+from kdjax.curation.answers.scorer import USUAL, Scored, make_answer_scorer
+from kdjax.curation.answers.scores import SCORES, Context, rate
+from kdjax.curation.answers.select import Pick, ScoredAnswer, group_of, policy_of
+from kdjax.curation.answers.selected import NAME, read_selected
+from kdjax.curation.answers.verify import admit
+from kdjax.data.prompts import Prompt, load_prompts, question_of
+from kdjax.registry import did_you_mean
+from kdjax.types import Params
+
+SHOWN = ("scas", "head_norm", "grape", "rsr", "head_diagonal")  # scores beside answers.score
+
+
+def explain(built: Built, question: str, params: Params, workdir: Path | None, command: str) -> Explained:
+    """What `launch.curate --explain` shows of the question with this id.
+
+    workdir: where a choice was made, which is marked; None = none was. Answers that are not admitted are shown with the
+    reason, those that are wrong too. Raises ValueError for a question that is not among the prompts or has no right
+    answer in the pool, and as `make_answer_scorer` does.
+    """
+    e, settings = built.experiment, as_released(built.experiment.answers)
+    prompt = _prompt(load_prompts(e.prompts), question)
+    pool = open_pool(settings.pool, [prompt], [])
+    with tempfile.TemporaryDirectory() as folder:
+        admitted = admit(Path(folder), pool, settings, e.prompts.verifier)
+    with reader(pool) as read:
+        found = candidates(pool, read, 0)
+    reasons = [REASONS[admitted.reason[row]] for row in pool.of(0)]
+    of = coding(built.tokenizer, e.data, settings)
+    usual = USUAL if built.parts.student.shared is not None else tuple(n for n in USUAL if not n.startswith("sim_"))
+    scorer = make_answer_scorer(built.parts.student, settings, e.data.seq_len, built.rules, figures=usual, tokens=True)
+    scored = {each.row: each for each in scorer(params, [encode(prompt, found, of)])}
+    names = [name for name in dict.fromkeys([settings.score, *SHOWN]) if set(SCORES[name].needs) <= set(usual)]
+    valid = [one for one, why in zip(found, reasons, strict=True) if not why and not scored[one.row].error]
+    context = Context(settings.question_share)
+    rated = {name: _rates(name, valid, scored, context) for name in names}
+    ranked = _ranked(valid, rated.get(settings.score, {}), settings.score, settings.groups)
+    chosen = {one.row for one in read_selected(workdir, NAME) if one.id == question} if workdir is not None else set()
+    answers = []
+    for one, why in zip(found, reasons, strict=True):
+        rates = {name: rated[name].get(one.row, np.nan) for name in names}
+        answers.append(_answer(one, why, scored[one.row], rates, ranked, chosen, built))
+    return Explained(
+        question=question_of(prompt),
+        answers=answers,
+        id=prompt.id,
+        gold=prompt.answer or "",
+        score=settings.score,
+        lower=SCORES[settings.score].lower,
+        groups=settings.groups if policy_of(settings).scores else 0,
+        chosen=f"Chosen by answers.policy={settings.policy!r}." if chosen else "",
+        student=f"The student: {built.student_source}.",
+        command=command,
+    )
+
+
+def _prompt(prompts: Sequence[Prompt], question: str) -> Prompt:
+    known = {prompt.id: prompt for prompt in prompts}
+    if question not in known:
+        raise ValueError(
+            f"--explain must be the id of a question of prompts.path, got {question!r}." + did_you_mean(question, known)
+        )
+    return known[question]
+
+
+def _rates(name: str, valid: Sequence[Candidate], scored: dict[str, Scored], context: Context) -> dict[str, float]:
+    """Row -> the score of this name."""
+    rows = [one.row for one in valid]
+    return dict(zip(rows, rate(name, [scored[row].figures for row in rows], context), strict=True))
+
+
+def _ranked(valid: Sequence[Candidate], values: dict[str, float], score: str, groups: int) -> dict[str, Pick]:
+    """Row -> its rank and group by the score, as `select.choose` has them."""
+    sign = 1 if SCORES[score].lower else -1
+    rated = [one for one in valid if np.isfinite(values.get(one.row, np.nan))]
+    rated.sort(key=lambda one: (sign * values[one.row], one.teacher, one.row))
+    return {
+        one.row: Pick(ScoredAnswer(one.row, one.teacher, values[one.row]), rank, group_of(rank, len(rated), groups))
+        for rank, one in enumerate(rated, 1)
+    }
+
+
+def _answer(
+    one: Candidate,
+    why: str,
+    scored: Scored,
+    rated: dict[str, float],
+    ranked: dict[str, Pick],
+    chosen: set[str],
+    built: Built,
+) -> ExplainedAnswer:
+    verdict = why if why in ("wrong", "undecided") else "right"
+    if scored.tokens is None:
+        return ExplainedAnswer(one.teacher, verdict=verdict, reason=why or scored.error, text=one.text)
+    pick = ranked.get(one.row)
+    pieces = _pieces(one.text.lstrip(), built.tokenizer)
+    count = len(scored.tokens.nll)
+    return ExplainedAnswer(
+        one.teacher,
+        [*pieces, *[""] * count][:count],  # what the template writes after the text has no piece
+        scored.tokens.nll.tolist(),
+        scored.tokens.brier.tolist(),
+        scored.tokens.rank.tolist(),
+        scored.tokens.share.tolist(),
+        scored.figures | rated,
+        0 if pick is None else pick.group,
+        0 if pick is None else pick.rank,
+        one.row in chosen,
+        verdict,
+        why,
+    )
+
+
+def _pieces(text: str, tokenizer: Any) -> list[str]:
+    """What each token adds to the text; "" where it only begins or goes on with a character."""
+    found, end = [], 0
+    for start, stop in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]:
+        found.append(text[max(start, end) : stop])
+        end = max(end, stop)
+    return found

@@ -1,0 +1,74 @@
+"""What launch.curate does with prompts.answers='pool': teachers' answers -> verified -> scored -> selected."""
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch import processes
+
+if TYPE_CHECKING:
+    from kdjax.config import Experiment
+    from kdjax.run.answers import Choice
+
+MOST = 20  # teachers in the table
+
+
+def choose_answers(e: "Experiment", workdir: Path) -> None:
+    """The untrained student chooses: files in <workdir>/answers, a summary, a page."""
+    processes.join()
+
+    from kdjax import loop, offline
+    from kdjax.build import build
+    from kdjax.run.answers import AnswerChoice
+
+    loop.claim_workdir(workdir, e)
+    built = build(offline.to_answer(e))
+    choice = AnswerChoice(built, workdir)
+    made = choice(built.student_params)
+    show(e, choice.admitted.counts, made)
+    print(f"files: {workdir / 'answers'}: admitted.jsonl, selected.jsonl" + (", scored-*.jsonl" if made.file else ""))
+
+
+def show(e: "Experiment", pool: Mapping[str, Any], made: "Choice") -> None:
+    """What the pool holds, what was selected, what it took."""
+    counts, reasons = made.counts, pool["reasons"]
+    left_out = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in reasons.items() if name and count)
+    print(f"pool: {pool['rows']:,} rows, {reasons['']:,} admitted" + (f"; left out: {left_out}" if left_out else ""))
+    print(f"{'teacher':<24}{'rows':>9}{'admitted':>10}{'selected':>10}")
+    for name, of in list(pool["teachers"].items())[:MOST]:
+        rows = sum(of.values())
+        print(f"{name[:23]:<24}{rows:>9,}{of['']:>10,}{counts['teachers'].get(name, 0):>10,}")
+    if len(pool["teachers"]) > MOST:
+        print(f"and {len(pool['teachers']) - MOST} more teachers")
+    if counts["means_of_groups"]:
+        print(f"{'group':<8}{'answers':>9}{e.answers.score:>18}{'NLL':>8}{'tokens':>8}   means; 1 is preferred")
+        for group, of in counts["means_of_groups"].items():
+            print(f"{group:<8}{of['answers']:>9,}{of['score']:>18.4g}{of['answer_nll']:>8.3f}{of['n_answer']:>8.1f}")
+    for reason, count in counts["errors"].items():
+        print(f"not scored, {reason}: {count:,} answers")
+    for reason, count in counts["dropped"].items():
+        print(f"without an answer, {reason}: {count:,} questions")
+    forced = f", {counts['forced']:,} of them with one answer alone" if counts["forced"] else ""
+    print(
+        f"selected: {counts['rows']:,} answers to {counts['selected']:,} of {counts['questions']:,} questions{forced}"
+    )
+    if made.file is not None:
+        steps = made.places / (3 * e.train.batch_size * e.data.seq_len)
+        print(
+            f"scored now: {made.scored:,} answers, {made.places:,} tokens with padding in {made.seconds:.1f} s; "
+            f"as much arithmetic as {steps:.1f} of the {e.train.steps} training steps"
+        )
+
+
+def explain(e: "Experiment", question: str, workdir: Path | None, out: Path) -> None:
+    """A page about one question."""
+    from kdjax import offline
+    from kdjax.analysis.explain_page import write_explained
+    from kdjax.build import build
+    from kdjax.run.explain import explain as explained
+
+    built = build(offline.to_answer(e))
+    command = shlex.join(["python", "-m", "launch.curate", *sys.argv[1:]])
+    print(f"page: {write_explained(out, explained(built, question, built.student_params, workdir, command))}")

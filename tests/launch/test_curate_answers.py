@@ -1,0 +1,154 @@
+"""A pool of answers as a user types it: curate, explain, train in rounds, and going on after a stop."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from kdjax.config import Prompts
+from kdjax.curation.answers import selected
+from kdjax.data.prompts import load_prompts, split_prompts
+from kdjax.data.styles import STYLES, scripted
+
+ROOT = pathlib.Path(__file__).parents[2]
+TEACHERS = ("bare", "sentence", "equation", "words", "steps")
+VALUES = {
+    "teacher.path": "synthetic",
+    "student.init.layers": 1,
+    "data.path": "",
+    "data.seq_len": 96,
+    "data.chat_template": False,
+    "data.max_train_tokens": 0,
+    "prompts.path": "arith:sum1",
+    "prompts.size": 30,
+    "prompts.instruction": "",
+    "train.batch_size": 4,
+    "train.steps": 6,
+    "train.log_every": 1,
+    "answers.rescore_every": 2,
+    "optim.warmup": 1,
+    "optim.learning_rate": 1e-3,
+    "eval.rows": 2,
+    "eval.prompts": 0,
+    "eval.completions": 0,
+    "checkpoint.every": 2,
+    "checkpoint.keep": 5,
+    "log.tensorboard": False,
+}
+QUESTIONS = split_prompts(load_prompts(Prompts(path="arith:sum1", size=30)), Prompts(path="arith:sum1", size=30))[1]
+
+
+@pytest.fixture
+def typed(tmp_path):
+    """typed(workdir, answers__policy=...) -> the arguments of a command; the pool and a text are there."""
+    text, pool = tmp_path / "text.jsonl", tmp_path / "pool"
+    text.write_text("\n".join(json.dumps({"text": f"{i} bottles of beer on the wall; take {i}."}) for i in range(40)))
+    pool.mkdir()
+    for name in TEACHERS:
+        rows = [{"id": q.id, "instruction": q.prompt, "teacher_output": scripted(q, STYLES[name])} for q in QUESTIONS]
+        if name == "words":
+            rows[0]["teacher_output"] = "I would say 99."
+        (pool / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+    def arguments(workdir, *more, **changes):
+        values = VALUES | {"data.path": text, "answers.pool": f"({str(pool)!r},)"}
+        values |= {name.replace("__", "."): value for name, value in changes.items()}
+        flags = [f"--config.{name}={value}" for name, value in values.items()]
+        return [f"--config={ROOT}/configs/scas.py", f"--workdir={workdir}", *flags, *more]
+
+    return arguments
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_pool_is_verified_scored_and_selected_once(call, typed, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    said = call("curate", *typed(run))
+    count = len(QUESTIONS)
+    assert f"pool: {5 * count} rows, {5 * count - 1} admitted; left out: 1 wrong" in said
+    assert f"selected: {count} answers to {count} of {count} questions" in said
+    assert f"scored now: {5 * count - 1} answers" in said
+    kept = list(selected.read_selected(run))
+    assert {one.id for one in kept} == {q.id for q in QUESTIONS}
+    assert {one.group for one in kept} <= {1, 2}, "the cheapest group, or the next where four answers leave it empty"
+    (file,) = (run / "answers").glob("scored-*.jsonl")
+    figures = {line["row"]: line["figures"] for line in lines(file)}
+    for one in kept:
+        values = figures[one.row]
+        d_a, d_q = values["answer_nll"], values["question_nll"]
+        score = 0.5 * d_a**2 * values["sim_aa"] + 0.5 * d_a * d_q * values["sim_aq"]
+        np.testing.assert_allclose(one.score_value, score, rtol=1e-9)
+
+    before = file.read_bytes(), (run / "answers/selected.jsonl").read_bytes()
+    again = call("curate", *typed(run))
+    assert "scored now: 0 answers, 0 tokens" in again
+    assert (file.read_bytes(), (run / "answers/selected.jsonl").read_bytes()) == before
+
+
+def test_policies_without_scores_run_no_student(call, typed, tmp_path, monkeypatch):
+    def measure(*_, **__):
+        raise RuntimeError("the student was run")
+
+    monkeypatch.setattr("kdjax.run.answers.make_measurer", measure)
+    settings = {"answers__policy": "shortest", "answers__rescore_every": 0}
+    call("curate", *typed(tmp_path / "a", **settings))
+    assert {one.teacher_name for one in selected.read_selected(tmp_path / "a")} == {"bare"}
+    call("curate", *typed(tmp_path / "b", **settings | {"answers__policy": "strongest"}))
+    assert {one.teacher_name for one in selected.read_selected(tmp_path / "b")} == {"bare"}, "by name, of equal ones"
+    with pytest.raises(RuntimeError, match="the student was run"):
+        call("curate", *typed(tmp_path / "c", answers__score="grape", answers__rescore_every=0))
+
+
+@pytest.mark.parametrize(
+    ("score", "figure"), [("lalp", "local_logp"), ("aslec_casl", "first_share"), ("grand", "gradient_norm")]
+)
+def test_scores_that_need_more_than_a_pass(call, typed, tmp_path, score, figure):
+    call("curate", *typed(tmp_path / "run", answers__score=score, answers__policy="best"))
+    (file,) = (tmp_path / "run/answers").glob("scored-*.jsonl")
+    values = [line["figures"][figure] for line in lines(file)]
+    assert np.isfinite(values).all()
+    assert np.ptp(values) > 0
+    assert len(list(selected.read_selected(tmp_path / "run"))) == len(QUESTIONS)
+
+
+def test_a_question_is_explained(call, typed, tmp_path):
+    run, page = tmp_path / "run", tmp_path / "x.html"
+    call("curate", *typed(run))
+    asked = QUESTIONS[0].id
+    assert str(page) in call("curate", *typed(run, f"--explain={asked}", f"--out={page}"))
+    text = page.read_text()
+    chosen = next(one.teacher_name for one in selected.read_selected(run) if one.id == asked)
+    assert f"Selected: {chosen}." in text
+    assert all(name in text for name in TEACHERS)
+    with pytest.raises(ValueError, match="^--explain must be the id of a question of prompts.path, got 'sum9'"):
+        call("curate", *typed(run, "--explain=sum9", f"--out={page}"))
+
+
+def test_rounds_and_going_on_in_the_middle(call, typed, tmp_path):
+    """Three rounds of two steps; what goes on from a checkpoint between them ends in the same figures."""
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match="selected.jsonl must hold the selected answers, got none.*launch.curate"):
+        call("train", *typed(run))
+    call("curate", *typed(run))
+    call("train", *typed(run))
+    log = lines(run / "metrics.jsonl")
+    rounds = [line for line in log if "answers_scored" in line]
+    assert [line["step"] for line in rounds] == [2, 4]
+    assert all(line["answers_scored"] == 5 * len(QUESTIONS) - 1 for line in rounds)
+    assert all(0 <= line["kept_overlap"] <= 1 for line in rounds)
+    assert len(list((run / "answers").glob("scored-*.jsonl"))) == 3, "one for each student"
+    losses = [line["loss"] for line in log if "loss" in line]
+    choices = {path.name: path.read_bytes() for path in (run / "answers").glob("selected*.jsonl")}
+    assert set(choices) == {"selected.jsonl", "selected-2.jsonl", "selected-4.jsonl"}
+    for folder in ("4", "6"):
+        shutil.rmtree(run / "checkpoints" / folder)
+    (run / "answers/selected-4.jsonl").unlink()
+    call("train", *typed(run))
+    log = lines(run / "metrics.jsonl")
+    assert [line["loss"] for line in log if "loss" in line] == losses
+    assert {path.name: path.read_bytes() for path in (run / "answers").glob("selected*.jsonl")} == choices
+    assert [line["answers_scored"] for line in log if "answers_scored" in line][-1] == 0, "this student has scored them"
