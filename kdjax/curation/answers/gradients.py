@@ -114,13 +114,6 @@ def make_answer_gradient(
     return gradient
 
 
-def answer_gradients(
-    model: LanguageModel, params: Params, rows: Iterable[Row], **options: Any
-) -> Iterator[AnswerGradient]:
-    """`make_gradient_pass` for one pass: every call compiles anew."""
-    return make_gradient_pass(model, **options)(params, rows)
-
-
 def make_gradient_pass(
     model: LanguageModel, **options: Any
 ) -> Callable[[Params, Iterable[Row]], Iterator[AnswerGradient]]:

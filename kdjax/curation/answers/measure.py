@@ -14,7 +14,7 @@ import numpy as np
 
 from kdjax import config, registry
 from kdjax.curation.answers.encode import Coding, Encoded, EncodedAnswer, Tokens, encode
-from kdjax.curation.answers.gradients import answer_gradients, rows_of
+from kdjax.curation.answers.gradients import make_gradient_pass, rows_of
 from kdjax.curation.answers.scored import ScoredFile
 from kdjax.curation.answers.scorer import FIGURES, USUAL, AnswerScorer, Scored, make_answer_scorer
 from kdjax.curation.answers.scores import SCORES, Context
@@ -53,6 +53,8 @@ def make_measurer(
     scorer = make_answer_scorer(model, settings, of.seq_len, rules, figures=wanted, tokens=steps or local)
     alone = make_answer_scorer(model, settings, of.seq_len, rules, figures=("answer_nll",), tokens=True)
 
+    backward = make_gradient_pass(model)
+
     def measure(params: Params, questions: Iterable[tuple[Encoded, dict[str, str]]]) -> Iterator[Scored]:
         texts: Texts = {}
         found = scorer(params, _remembered(questions, texts), on_call)
@@ -64,7 +66,7 @@ def make_measurer(
             encoded, answer, _ = texts.pop(each.row)
             if gradient and not each.error:
                 (row,) = rows_of(dataclasses.replace(encoded, answers=(answer,)))
-                (exact,) = answer_gradients(model, params, [row])
+                (exact,) = backward(params, [row])
                 each = _more(each, {GRADIENT: math.sqrt(float(exact.norm))})
             yield each
 

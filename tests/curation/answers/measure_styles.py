@@ -44,7 +44,7 @@ def measure(lines):
     cfg, params = loaded.cfg, loaded.params
     rows = [encode(words, line) for line in lines]
     model = language_model(cfg, Rules(), cfg.vocab_size, jnp.float32)
-    yardstick = gradients.answer_gradients(model, params, rows, leaves={"up": gradients.last_layer()})
+    yardstick = gradients.make_gradient_pass(model, leaves={"up": gradients.last_layer()})(params, rows)
     oracle = jax.jit(lambda p, *row: plain.figures(cfg, p, *row))
     for line, row, gradient in zip(lines, rows, yardstick, strict=True):
         room = -len(row[0]) % ABOUT

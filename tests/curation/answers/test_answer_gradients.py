@@ -57,7 +57,8 @@ def test_norms_and_products_are_those_of_autodiff_in_float64(tied):
     cfg, params, model = make_student(tied)
     rows = [row(5), row(1, 2), row(17, 3)]
     leaves = {"up": gradients.last_layer(), "head": lambda p: p["embed" if tied else "head"]}
-    found = list(gradients.answer_gradients(model, params, rows, leaves=leaves, question=True, dimensions=64, seed=3))
+    run = gradients.make_gradient_pass(model, leaves=leaves, question=True, dimensions=64, seed=3)
+    found = list(run(params, rows))
 
     @jax.jit
     def oracle(wide, tokens, answer, question):
@@ -86,7 +87,7 @@ def test_norms_and_products_are_those_of_autodiff_in_float64(tied):
 def test_the_second_pass_is_left_out_and_rows_may_be_mapped(student):
     _, params, model = student
     rows = [row(5), row(9, 2)]
-    whole = list(gradients.answer_gradients(model, params, rows, question=True))
+    whole = list(gradients.make_gradient_pass(model, question=True)(params, rows))
     run = gradients.make_gradient_pass(model)
     short = [each for one in rows for each in run(params, iter([one]))]
     assert all(each.cross is None and each.question_nll is None and each.projected is None for each in short)
@@ -106,9 +107,8 @@ def test_the_last_up_projection_falls_apart_into_positions(student):
     """||grad_W L_A||^2 = n^-2 sum <delta_s, delta_t> <z, z'>, states taken where a token is predicted."""
     cfg, params, model = student
     ids, answer, question = row(6)
-    (found,) = gradients.answer_gradients(
-        model, params, [(ids, answer, question)], leaves={"up": gradients.last_layer()}
-    )
+    run = gradients.make_gradient_pass(model, leaves={"up": gradients.last_layer()})
+    (found,) = run(params, [(ids, answer, question)])
 
     @jax.jit
     def oracle(wide, tokens):
@@ -140,10 +140,10 @@ def test_rows_without_a_loss_are_refused(student):
         with pytest.raises(
             ValueError, match=rf"rows must have positions with a loss in {name}, got none in row 1 of 10"
         ):
-            list(gradients.answer_gradients(model, params, [(ids, answer, question), (ids, *masks)], **options))
+            list(gradients.make_gradient_pass(model, **options)(params, [(ids, answer, question), (ids, *masks)]))
     broken = params | {"embed": params["embed"].at[ids[0]].set(jnp.nan)}
     with pytest.raises(ValueError, match=r"rows must have finite gradients, got one that is not in row 0"):
-        list(gradients.answer_gradients(model, broken, [(ids, answer, question)]))
+        list(gradients.make_gradient_pass(model)(broken, [(ids, answer, question)]))
 
 
 def test_rows_of_encoded_questions():
