@@ -11,7 +11,7 @@ from kdjax import models
 from kdjax.models import flax_models, shared_prefix
 
 VOCAB, Q, A, M = 48, 8, 6, 3
-ASKED, ANSWERED = (8, 3), ((6, 2, 5), (1, 6, 4))  # tokens, of two rows
+ASKED, ANSWERED = (8, 3), ((6, 2, 1), (1, 6, 6))  # tokens, of two rows; plain rows of four lengths
 
 
 @functools.cache

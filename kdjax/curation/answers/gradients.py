@@ -4,19 +4,21 @@ Costs three forward passes and as much memory as the parameters, twice with the 
 what the forward-only figures are worth, and for the scores that are made of projected gradients.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Float
 
 from kdjax.config import Loss
 from kdjax.curation.answers.encode import Encoded
 from kdjax.curation.snr import project
 from kdjax.kernels.linear_divergence import linear_divergence
+from kdjax.kernels.linear_stats import linear_stats
 from kdjax.losses.cross_entropy import cross_entropy
 from kdjax.step import LanguageModel
 from kdjax.types import Array, Batch, Params
@@ -73,31 +75,10 @@ def make_answer_gradient(
     no loss. To be jitted; under `jax.vmap` over the last four it holds as many gradients as there are rows. Without
     `question` the second backward pass is left out.
     """
-    term = cross_entropy(Loss())
-
-    def losses(params: Params, tokens: Array, length: Array, masks: tuple[Array, ...]) -> tuple[Array, ...]:
-        places = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-        batch = Batch(
-            tokens=tokens[None],
-            segment_ids=(places < length).astype(jnp.int32)[None],
-            positions=places[None],
-            loss_mask=jnp.zeros((1, *tokens.shape), bool),
-            row_id=jnp.zeros(1, jnp.int32),
-            epoch=jnp.zeros(1, jnp.int32),
-            weight=jnp.ones(1),
-        )
-        hidden, head = model.hidden(params, batch)[0], model.head(params)
-        labels = jnp.roll(tokens, -1)
-        found = []
-        for mask in masks:
-            at = jnp.roll(mask & (places > 0) & (places < length), -1).astype(jnp.float32)
-            weight = at / jnp.maximum(at.sum(), 1.0)
-            found.append(linear_divergence(hidden, head, None, None, labels, weight, [term], [1.0])[0])
-        return tuple(found)
 
     def gradient(params: Params, tokens: Array, length: Array, answer: Array, question_mask: Array) -> AnswerGradient:
         masks = (answer, question_mask) if question else (answer,)
-        values, pull = jax.vjp(lambda p: losses(p, tokens, length, masks), params)
+        values, pull = jax.vjp(lambda p: _mean_nlls(model, p, tokens, length, masks), params)
         one, zero = jnp.ones(()), jnp.zeros(())
         (own,) = pull((one, zero) if question else (one,))
         (other,) = pull((zero, one)) if question else (None,)
@@ -142,6 +123,78 @@ def make_gradient_pass(
             yield found
 
     return run
+
+
+def make_gain(
+    model: LanguageModel, optimiser: optax.GradientTransformation, probe: Sequence[Row]
+) -> Callable[[Params, Iterable[Row]], Iterator[float]]:
+    """gain(params, rows) -> of each row by how much one update on it alone lowers the loss of the probe, nats.
+
+    The loss of the probe: the mean over its rows of the mean NLL over A. The update is the optimiser's first one. One
+    program is compiled per width of the rows. Raises ValueError for a probe without a row.
+    """
+    if not probe:
+        raise ValueError("probe must hold rows, got none; a gain is measured on them. Set questions aside for it.")
+    columns = _padded(probe)
+
+    def update(params: Params, row: tuple[Array, ...]) -> Params:
+        tokens, length, answer = row
+        own = jax.grad(lambda p: _mean_nlls(model, p, tokens, length, (answer,))[0])(params)
+        return optax.apply_updates(params, optimiser.update(own, optimiser.init(params), params)[0])
+
+    updated, of_probe = jax.jit(update), jax.jit(lambda params: _probe_loss(model, params, *columns))
+
+    def gain(params: Params, rows: Iterable[Row]) -> Iterator[float]:
+        before = float(of_probe(params))
+        for row in rows:
+            tokens, lengths, answer = (column[0] for column in _padded([row]))
+            yield before - float(of_probe(updated(params, (tokens, lengths, answer))))
+
+    return gain
+
+
+def _padded(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids [P, T], lengths [P], A [P, T]); T a multiple of ROUND_UP."""
+    width = -(-max(len(ids) for ids, *_ in rows) // ROUND_UP) * ROUND_UP
+    ids, answers = (np.stack([np.pad(row[at], (0, width - len(row[at]))) for row in rows]) for at in (0, 1))
+    return ids.astype(np.int32), np.array([len(row[0]) for row in rows], np.int32), answers
+
+
+def _as_batch(tokens: Array, lengths: Array) -> Batch:
+    """Rows [B, T] padded after their lengths, one document each."""
+    places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+    rows = jnp.zeros(tokens.shape[0], jnp.int32)
+    return Batch(
+        tokens=tokens,
+        segment_ids=(places < lengths[:, None]).astype(jnp.int32),
+        positions=places,
+        loss_mask=jnp.zeros(tokens.shape, bool),
+        row_id=rows,
+        epoch=rows,
+        weight=jnp.ones(tokens.shape[0]),
+    )
+
+
+def _mean_nlls(
+    model: LanguageModel, params: Params, tokens: Array, length: Array, masks: tuple[Array, ...]
+) -> tuple[Array, ...]:
+    """Of one row [T] the mean NLL over each mask [T], to be differentiated."""
+    hidden, head = model.hidden(params, _as_batch(tokens[None], length[None]))[0], model.head(params)
+    labels, places = jnp.roll(tokens, -1), jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    term, found = cross_entropy(Loss()), []
+    for mask in masks:
+        at = jnp.roll(mask & (places > 0) & (places < length), -1).astype(jnp.float32)
+        weight = at / jnp.maximum(at.sum(), 1.0)
+        found.append(linear_divergence(hidden, head, None, None, labels, weight, [term], [1.0])[0])
+    return tuple(found)
+
+
+def _probe_loss(model: LanguageModel, params: Params, tokens: Any, lengths: Any, answers: Any) -> Array:
+    hidden, head = model.hidden(params, _as_batch(tokens, lengths)), model.head(params)
+    labels = jnp.roll(tokens, -1, axis=1).reshape(-1)
+    nll = -linear_stats(hidden.reshape(-1, hidden.shape[-1]), head, labels).label_logp.reshape(tokens.shape)
+    at = jnp.roll(answers, -1, axis=1)
+    return jnp.mean(jnp.sum(jnp.where(at, nll, 0.0), 1) / jnp.maximum(jnp.sum(at, 1), 1))
 
 
 def _inner(one: Any, other: Any) -> Float[Array, ""]:
