@@ -15,8 +15,9 @@ rate, on one of prompts.answers for each of up to so many problems; table, <work
 
 With prompts.answers="pool" the teachers' answers of answers.pool: they are verified, scored by the untrained student
 (answers.score) and one is selected for each question (answers.policy); <workdir>/answers then holds admitted.jsonl,
-scored-*.jsonl and selected.jsonl. --explain=ID --out=x.html: a page about one question instead, its answers token by
-token.
+scored-*.jsonl and selected.jsonl. --yardstick=20: also how well each score orders the answers to so many questions, by
+the student's exact gradient and by what one step on an answer gains on others; two tables, answers/yardstick.jsonl.
+--explain=ID --out=x.html: a page about one question instead, its answers token by token.
 """
 
 import dataclasses
@@ -47,11 +48,12 @@ flags.DEFINE_integer("batch_size", 0, "Rows a call; 0 = those of a micro-batch o
 flags.DEFINE_list("add", [], "Prompts: workdirs whose pass rates are added, of the same student and another seed.")
 flags.DEFINE_integer("snr", 0, "Prompts: how many of each pass rate have their gradients measured.", lower_bound=0)
 flags.DEFINE_string("explain", None, "Pool: the id of a question whose answers are shown on a page, --out.")
+flags.DEFINE_integer("yardstick", 0, "Pool: questions whose answers' gradients and gains are measured.", lower_bound=0)
 flags.DEFINE_string("out", None, "--explain: the page, an *.html.")
 flags.DEFINE_list("earlier", [], "Prompts: workdirs of the pass rates of the student as it was, oldest first.")
 
 QUANTILES = {"least": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "most": 1.0}
-OWN_FLAGS = ("--agreement", "--batch_size", "--add", "--earlier", "--snr", "--explain", "--out")
+OWN_FLAGS = ("--agreement", "--batch_size", "--add", "--earlier", "--snr", "--explain", "--out", "--yardstick")
 
 
 def main() -> None:
@@ -64,7 +66,7 @@ def main() -> None:
         return
     workdir, wanted = Path(app.require("workdir")), experiment.samples
     if experiment.prompts.answers == "pool":
-        curate_answers.choose_answers(experiment, workdir)
+        curate_answers.choose_answers(experiment, workdir, flags.FLAGS.yardstick)
         print(f"next: {shlex.join(['python', '-m', 'launch.train', *_shared(sys.argv[1:])])}")
     if experiment.prompts.answers == "pool" and experiment.pass_rates.weight == "uniform":
         return

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from launch import processes
 
 if TYPE_CHECKING:
+    from kdjax.build import Built
     from kdjax.config import Experiment
-    from kdjax.run.answers import Choice
+    from kdjax.run.answers import AnswerChoice, Choice
 
 MOST = 20  # teachers in the table
 
 
-def choose_answers(e: "Experiment", workdir: Path) -> None:
+def choose_answers(e: "Experiment", workdir: Path, yardstick: int = 0) -> None:
     """The untrained student chooses: files in <workdir>/answers, a summary, a page."""
     processes.join()
 
@@ -28,6 +29,8 @@ def choose_answers(e: "Experiment", workdir: Path) -> None:
     choice = AnswerChoice(built, workdir)
     made = choice(built.student_params)
     show(e, choice.admitted.counts, made)
+    if yardstick:
+        measure(built, choice, workdir, yardstick)
     print(f"files: {workdir / 'answers'}: admitted.jsonl, selected.jsonl" + (", scored-*.jsonl" if made.file else ""))
 
 
@@ -60,6 +63,19 @@ def show(e: "Experiment", pool: Mapping[str, Any], made: "Choice") -> None:
             f"scored now: {made.scored:,} answers, {made.places:,} tokens with padding in {made.seconds:.1f} s; "
             f"as much arithmetic as {steps:.1f} of the {e.train.steps} training steps"
         )
+
+
+def measure(built: "Built", choice: "AnswerChoice", workdir: Path, questions: int) -> None:
+    """Two tables: every score against the exact gradient, and against the gain of a step."""
+    from kdjax.curation.answers.correlation import table
+    from kdjax.run import yardstick
+
+    found = yardstick.measure(built, built.student_params, choice.admitted, questions)
+    yardstick.write(workdir / "answers" / "yardstick.jsonl", found)
+    print(f"against ||gradient||^2 of all parameters, {len(found.lines)} answers to {questions} questions")
+    print("\n".join(table(found.gradient)))
+    print("against the gain on other questions of one step on the answer; 1 = the preferred answer gains most")
+    print("\n".join(table(found.gain)))
 
 
 def explain(e: "Experiment", question: str, workdir: Path | None, out: Path) -> None:

@@ -84,9 +84,17 @@ def test_a_pool_is_verified_scored_and_selected_once(call, typed, tmp_path, monk
         np.testing.assert_allclose(one.score_value, score, rtol=1e-9)
 
     before = file.read_bytes(), (run / "answers/selected.jsonl").read_bytes()
-    again = call("curate", *typed(run))
+    again = call("curate", *typed(run, "--yardstick=3"))
     assert "scored now: 0 answers, 0 tokens" in again
     assert (file.read_bytes(), (run / "answers/selected.jsonl").read_bytes()) == before
+
+    measured = lines(run / "answers/yardstick.jsonl")
+    assert len({line["id"] for line in measured}) == 3
+    assert all(line["gradient"] > 0 and abs(line["gain"]) > 0 for line in measured)
+    table = again.split("against the gain")[0].splitlines()
+    assert {"head_norm", "scas", "grape", "shortest"} <= {line.split()[0] for line in table if line}
+    with pytest.raises(ValueError, match=r"^--yardstick must be at most \d+, got 99; of the "):
+        call("curate", *typed(run, "--yardstick=99"))
 
 
 def test_policies_without_scores_run_no_student(call, typed, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ Costs three forward passes and as much memory as the parameters, twice with the 
 what the forward-only figures are worth, and for the scores that are made of projected gradients.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -142,13 +143,13 @@ def make_gain(
         own = jax.grad(lambda p: _mean_nlls(model, p, tokens, length, (answer,))[0])(params)
         return optax.apply_updates(params, optimiser.update(own, optimiser.init(params), params)[0])
 
-    updated, of_probe = jax.jit(update), jax.jit(lambda params: _probe_loss(model, params, *columns))
+    updated, of_probe = jax.jit(update), jax.jit(functools.partial(_probe_loss, model))
 
     def gain(params: Params, rows: Iterable[Row]) -> Iterator[float]:
-        before = float(of_probe(params))
+        before = float(of_probe(params, *columns))
         for row in rows:
             tokens, lengths, answer = (column[0] for column in _padded([row]))
-            yield before - float(of_probe(updated(params, (tokens, lengths, answer))))
+            yield before - float(of_probe(updated(params, (tokens, lengths, answer)), *columns))
 
     return gain
 
@@ -189,7 +190,7 @@ def _mean_nlls(
     return tuple(found)
 
 
-def _probe_loss(model: LanguageModel, params: Params, tokens: Any, lengths: Any, answers: Any) -> Array:
+def _probe_loss(model: LanguageModel, params: Params, tokens: Array, lengths: Array, answers: Array) -> Array:
     hidden, head = model.hidden(params, _as_batch(tokens, lengths)), model.head(params)
     labels = jnp.roll(tokens, -1, axis=1).reshape(-1)
     nll = -linear_stats(hidden.reshape(-1, hidden.shape[-1]), head, labels).label_logp.reshape(tokens.shape)

@@ -24,6 +24,7 @@ from kdjax.sharding import Rules
 from kdjax.step import LanguageModel
 from kdjax.types import Params
 
+FORWARD = (*USUAL, "top_brier")  # figures of one pass
 STEPS = ("rest_logp", "first_logp", "first_share")
 LOCAL, GRADIENT = "local_logp", "gradient_norm"
 BUFFER = 64  # answers whose steps are scored together

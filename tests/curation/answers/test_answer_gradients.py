@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from kdjax import models
@@ -144,6 +145,25 @@ def test_rows_without_a_loss_are_refused(student):
     broken = params | {"embed": params["embed"].at[ids[0]].set(jnp.nan)}
     with pytest.raises(ValueError, match=r"rows must have finite gradients, got one that is not in row 0"):
         list(gradients.make_gradient_pass(model)(broken, [(ids, answer, question)]))
+
+
+def test_a_gain_is_what_one_update_lowers(student):
+    """By plain numbers: the loss of the probe before, and after parameters that were moved by hand."""
+    cfg, params, model = student
+    rows, probe = [row(6), row(4, 2)], [row(5, 7), row(8, 1), row(3, 5)]
+    run = gradients.make_gain(model, optax.sgd(0.5), probe)
+    found = list(run(params, rows))
+
+    def loss(p, some):
+        return sum(plain.mean_nll(cfg, p, jnp.asarray(ids), jnp.asarray(answer)) for ids, answer, _ in some) / len(some)
+
+    for one, gain in zip(rows, found, strict=True):
+        own = jax.jit(jax.grad(lambda p: loss(p, [one])))(params)  # noqa: B023
+        moved = jax.tree.map(lambda p, g: p - 0.5 * g, params, own)
+        assert gain == pytest.approx(float(loss(params, probe) - loss(moved, probe)), abs=2e-5)
+        assert abs(gain) > 1e-3
+    with pytest.raises(ValueError, match="^probe must hold rows, got none"):
+        gradients.make_gain(model, optax.sgd(0.5), [])
 
 
 def test_rows_of_encoded_questions():
