@@ -23,12 +23,14 @@ def choose_answers(e: "Experiment", workdir: Path, yardstick: int = 0) -> None:
     from kdjax import loop, offline
     from kdjax.build import build
     from kdjax.run.answers import AnswerChoice
+    from kdjax.run.answers_report import write_report
 
     loop.claim_workdir(workdir, e)
     built = build(offline.to_answer(e))
     choice = AnswerChoice(built, workdir)
     made = choice(built.student_params)
     show(e, choice.admitted.counts, made)
+    print(f"page: {write_report(built, workdir)}")
     if yardstick:
         measure(built, choice, workdir, yardstick)
     print(f"files: {workdir / 'answers'}: admitted.jsonl, selected.jsonl" + (", scored-*.jsonl" if made.file else ""))

@@ -77,6 +77,8 @@ class AnswerChoice:
         with open_scored(scored_path(self._workdir, student), self._depends(student)) as scored:
             added = self._score(params, scored)
             seconds = time.perf_counter() - start
+            if added:
+                scored.finish({"answers": added, "places": self._places, "seconds": round(seconds, 3)})
             counts = select(
                 self._workdir,
                 self.admitted,

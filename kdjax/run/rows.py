@@ -17,6 +17,7 @@ from kdjax.curation.answers import selected
 from kdjax.curation.batches import weigh_batch
 from kdjax.data import fed_places, take, train_iterator
 from kdjax.run.answers import AnswerChoice, selection_of
+from kdjax.run.answers_report import write_report
 from kdjax.run.own_answers import OwnAnswers
 from kdjax.step import init_state
 from kdjax.types import Params, TrainState
@@ -79,6 +80,7 @@ class RowChoice:
             list(selected.read_selected(self._workdir, selection_of(at))) for at in (step, step - self._every)
         )
         self._hold(step)
+        write_report(self._built, self._workdir)
         figures = {"answers_scored": made.scored, "scoring_tokens": made.places, "scoring_seconds": made.seconds}
         return {"kept_overlap": selected.overlap(before, now)} | {name: float(of) for name, of in figures.items()}
 

@@ -149,6 +149,9 @@ def test_rounds_and_going_on_in_the_middle(call, typed, tmp_path):
     assert all(line["answers_scored"] == 5 * len(QUESTIONS) - 1 for line in rounds)
     assert all(0 <= line["kept_overlap"] <= 1 for line in rounds)
     assert len(list((run / "answers").glob("scored-*.jsonl"))) == 3, "one for each student"
+    page = (run / "answers/report.html").read_text()
+    assert all(name in page for name in TEACHERS)
+    assert "head_norm" in page
     losses = [line["loss"] for line in log if "loss" in line]
     choices = {path.name: path.read_bytes() for path in (run / "answers").glob("selected*.jsonl")}
     assert set(choices) == {"selected.jsonl", "selected-2.jsonl", "selected-4.jsonl"}

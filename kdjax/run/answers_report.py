@@ -1,0 +1,94 @@
+"""The page about all choices of answers so far, <workdir>/answers/report.html, from the files that they left."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from kdjax.analysis.answers_page import Round, round_of, write_answers
+from kdjax.build import Built
+from kdjax.curation.answers import selected, verify
+from kdjax.curation.answers.scores import SCORES, Context, rate
+from kdjax.curation.answers.stage import FOLDER, manifest_of, read_manifest, records
+
+RIVALS = ("scas", "head_norm", "grape", "rsr")  # the best answer by each is compared with what was selected
+Figures = dict[str, dict[str, Mapping[str, float | None]]]  # question -> row -> figures
+
+
+def write_report(built: Built, workdir: Path) -> Path:
+    """The page, made anew. Raises OSError if it cannot be written, ValueError for files that are damaged."""
+    e, folder = built.experiment, workdir / FOLDER
+    steps = sorted(_step(path) for path in folder.glob(f"{selected.NAME}*.manifest.json"))
+    ends = [*steps[1:], e.train.steps]
+    size = sum(leaf.size for leaf in jax.tree.leaves(built.student_params))
+    rounds = [_round(built, folder, step, end - step, size) for step, end in zip(steps, ends, strict=True)]
+    pool = read_manifest(folder / verify.ADMITTED)["counts"]["teachers"]
+    said = f"answers.policy={e.answers.policy!r}, answers.seed={e.answers.seed}."
+    command = f"python -m launch.curate --workdir={workdir}"
+    return write_answers(
+        folder / "report.html", rounds, pool, name=e.name, score=e.answers.score, chosen=said, command=command
+    )
+
+
+def _step(manifest: Path) -> int:
+    found = re.search(r"-(\d+)\.manifest", manifest.name)
+    return int(found[1]) if found else 0
+
+
+def _round(built: Built, folder: Path, step: int, steps: int, size: int) -> Round:
+    name = f"{selected.NAME}-{step}" if step else selected.NAME
+    manifest = json.loads(manifest_of(folder / f"{name}.jsonl").read_text(encoding="utf-8"))
+    lines = list(selected.read_selected(folder.parent, name))
+    e = built.experiment
+    trained = steps * e.train.batch_size * e.data.seq_len
+    known: dict[str, Any] = {"tokens_trained": trained, "training_flops": 6.0 * size * trained}
+    scored = manifest["depends"]["scored"]
+    if scored:
+        figures = _figures(folder / scored)
+        cost = read_manifest(folder / scored).get("counts") or {}
+        known["answers_scored"] = int(cost.get("answers", 0))
+        known["tokens_scored"] = int(cost.get("places", 0))
+        known["scoring_seconds"] = float(cost.get("seconds", math.nan))
+        known["scoring_flops"] = 2.0 * size * known["tokens_scored"]
+        known["overlap"] = _overlaps(lines, figures, e.answers.question_share)
+        known["score"] = _mean([one.score_value for one in lines])
+        known["answer_nll"] = _mean([figures.get(one.id, {}).get(one.row, {}).get("answer_nll") for one in lines])
+    return round_of(manifest["counts"], step=step, **known)
+
+
+def _figures(path: Path) -> Figures:
+    found: Figures = {}
+    for _, record in records(path):
+        if record["figures"] is not None:
+            found.setdefault(record["id"], {})[record["row"]] = record["figures"]
+    return found
+
+
+def _overlaps(lines: list[selected.Selected], figures: Figures, question_share: float) -> dict[str, float]:
+    """Rival -> the share of the questions whose selected answer is the rival's best, and so for the shortest."""
+    chosen: dict[str, set[str]] = {}
+    for one in lines:
+        chosen.setdefault(one.id, set()).add(one.row)
+    shares: dict[str, list[float]] = {}
+    for question, rows in chosen.items():
+        known = figures.get(question, {})
+        if len(known) < 2:
+            continue
+        names, values = list(known), list(known.values())
+        costs = {"shortest": [float(each["n_answer"] or 0) for each in values]}
+        for rival in RIVALS:
+            if all(need in each for need in SCORES[rival].needs for each in values):
+                costs[rival] = rate(rival, values, Context(question_share))
+        for rival, of in costs.items():
+            best = min(range(len(of)), key=lambda at: (math.isnan(of[at]), of[at], names[at]))
+            shares.setdefault(rival, []).append(len({names[best]} & rows) / len({names[best]} | rows))
+    return {rival: math.fsum(of) / len(of) for rival, of in shares.items()}
+
+
+def _mean(values: list[float | None]) -> float:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return math.fsum(known) / len(known) if known else math.nan
