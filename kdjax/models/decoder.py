@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from kdjax import registry
@@ -40,6 +41,7 @@ NAMES: dict[str, tuple[str, bool]] = {
     "w_up": ("mlp.up_proj.weight", True),
     "w_down": ("mlp.down_proj.weight", True),
 }
+BIASES = ("bq", "bk", "bv")
 Product = Callable[..., Array]  # layers.project or layers.project_few
 Mixer = Callable[..., Array]  # (q [B, T, N, H], k, v [B, T, G, H], segment_ids [B, T]) -> [B, T, N, H]
 INPUT_AXES = {"embed": 1, "final_norm": 1, "head": 1, "wo": 2}  # how many leading axes of a layer's leaf are the input
@@ -239,15 +241,20 @@ def at_use(stored: Params, rules: Rules, dtype: Any) -> Params:
 
     They are cast and made flat before they are gathered: less moves, and what is gathered cannot be reshaped.
     """
-    return {
-        name: leaf if name.endswith("_norm") else rules.gather(flattened(name, leaf.astype(dtype)))
-        for name, leaf in stored.items()
-    }
+
+    def used(name: str, leaf: Array) -> Array:
+        if name.endswith("_norm"):
+            return leaf
+        flat = flattened(name, leaf.astype(dtype))
+        # What `gather` types as reduced can be multiplied by rows that are split, but not added to them.
+        return rules.reshard(flat, P(rules.heads_spec[2])) if name in BIASES else rules.gather(flat)
+
+    return {name: used(name, leaf) for name, leaf in stored.items()}
 
 
 def flattened(name: str, leaf: Array) -> Array:
     """One layer's leaf as a matrix [in, out], a bias as a vector."""
-    inputs = 0 if name in ("bq", "bk", "bv") else INPUT_AXES.get(name, 1)
+    inputs = 0 if name in BIASES else INPUT_AXES.get(name, 1)
     return leaf.reshape(*(_product(part) for part in (leaf.shape[:inputs], leaf.shape[inputs:]) if part))
 
 

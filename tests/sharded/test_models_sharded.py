@@ -83,6 +83,18 @@ def test_equals_one_device(family, mesh, remat, tied):
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, atol=1e-5 * scale), grads, expected_grads)
 
 
+def test_biases_that_are_split_by_heads():
+    """8 heads over 8 devices: at rest each has one head's bias."""
+    cfg = config("qwen2", False, True)
+    hidden, grads, params, _ = run(cfg, "fsdp", "none")
+    assert params["layers"]["bq"].sharding.spec == P(None, "data", None)
+    expected_hidden, expected_grads, _, _ = run(cfg, None, "none")
+    np.testing.assert_allclose(hidden, expected_hidden, atol=1e-5)
+    scale = max(1.0, *(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(expected_grads)))
+    jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, atol=1e-5 * scale), grads, expected_grads)
+    assert float(jnp.max(jnp.abs(expected_grads["layers"]["bv"]))) > 1e-3
+
+
 @pytest.mark.parametrize(("family", "mesh", "remat", "tied"), CASES)
 def test_parameters_and_gradients_are_stored_by_the_rules(family, mesh, remat, tied):
     cfg = config(family, tied, MESHES[mesh].preset in TENSOR)
