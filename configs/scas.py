@@ -26,7 +26,7 @@ EPOCH = 40  # steps: about 320 train questions in batches of 8
 
 
 def get_config() -> ConfigDict:
-    """The released choices of group, seed and share (arXiv 2605.26872); three rounds, learning rate over all of them."""
+    """The released group, seed and share (arXiv 2605.26872); three rounds, one schedule over all of them."""
     config = default_config()
     config.name = "scas"
     config.teacher.path = "smollm2-135m"
