@@ -84,6 +84,8 @@ def main() -> int:
     failed = 0
     with _stop_signals() as stop:
         try:
+            if not all(prepare(study, workdir, name, stop) for name in study.prepare):
+                return 1
             for arm in dict.fromkeys(run.arm for run in chosen):  # first, because a mistake in the last arm shows there
                 plan(study, workdir, arm, stop)
             failed = sum(not perform(study, workdir, run, at, len(chosen), stop) for at, run in enumerate(chosen, 1))
@@ -135,6 +137,15 @@ def claim(study: "Study", workdir: Path) -> None:
     if path.is_file():
         said["arms"] = read_json(path)["arms"] | said["arms"]
     write_json(path, said)
+
+
+def prepare(study: "Study", workdir: Path, name: str, stop: Stop) -> bool:
+    """One of the commands that come before all arms, if it is not done yet; False if it failed. Raises Stopped."""
+    from kdjax.analysis.study_results import marker
+
+    script, *typed = study.prepare[name]
+    folder = workdir / "prepare" / name
+    return marker(folder, script).is_file() or _phase(f"prepare {name}", script, folder, study.base, stop, typed)
 
 
 def plan(study: "Study", workdir: Path, arm: str, stop: Stop) -> None:

@@ -6,6 +6,7 @@ A study file (configs/studies/*.py) has `get_config(full=False)`, which fills in
   reference    the arm that the others are compared with, seed by seed
   seeds        the repetitions; `seed_fields` are the fields of the experiment that each of them sets
   equal_time   also train every other arm for as long as the reference took
+  prepare      {name: (script of launch/, *arguments)}, run once before all arms; what they make, the arms may share
 Imports no JAX.
 """
 
@@ -26,6 +27,7 @@ from kdjax.registry import did_you_mean
 
 TIMED = "@time"  # ends the name of an arm that trains for the reference's time
 PHASES = ("curate", "cache_teacher", "train", "evaluate")
+PREPARING = ("generate", "curate", "train")
 FREE = ("name", "log", "checkpoint")  # groups of base that change no figure
 # Fields of the experiment that an arm may not set -> why.
 SHARED = {
@@ -52,6 +54,7 @@ class Study:
     equal_time: bool
     heldout_rows: int
     keep_checkpoints: bool
+    prepare: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +87,7 @@ def default_study() -> ml_collections.ConfigDict:
         "seed_fields": ("train.seed", "classes.seed", "samples.seed"),
         "equal_time": True,
         "heldout_rows": 0,  # on which every run is judged at its end; 0 = all
+        "prepare": {},
         "keep_checkpoints": False,  # of runs that are done: about 12 bytes a parameter each
     }
     return ml_collections.ConfigDict(fields, convert_dict=False).lock()
@@ -122,6 +126,7 @@ def from_study_config(config: Any) -> Study:
         equal_time=values["equal_time"],
         heldout_rows=rows,
         keep_checkpoints=values["keep_checkpoints"],
+        prepare=_checked_commands(values["prepare"]),
     )
     for arm in study.arms:
         experiment(study, Run(arm, seeds[0]), steps=1)
@@ -159,6 +164,17 @@ def _checked_arms(arms: Any, reference: str) -> dict[str, dict[str, Any]]:
     if reference not in arms:
         raise ValueError(f"reference must be one of the arms, got {reference!r}." + did_you_mean(reference, arms))
     return {name: dict(overrides) for name, overrides in arms.items()}
+
+
+def _checked_commands(commands: Any) -> dict[str, tuple[str, ...]]:
+    for name, command in dict(commands).items():
+        good = isinstance(command, tuple) and command and all(isinstance(word, str) for word in command)
+        if not good or not re.fullmatch(r"\w[\w.-]*", str(name)) or command[0] not in PREPARING:
+            raise ValueError(
+                f"prepare[{name!r}] must be (script, *arguments) with a script of {', '.join(PREPARING)}, got "
+                f"{command!r:.80}."
+            )
+    return dict(commands)
 
 
 def _checked_seed_fields(names: Any, base: Experiment) -> tuple[str, ...]:
@@ -293,6 +309,8 @@ def identity(study: Study) -> dict[str, Any]:
         "reference": study.reference,
         "arms": study.arms,
     }
+    if study.prepare:
+        said["prepare"] = study.prepare
     return dict(json.loads(json.dumps(said)))
 
 

@@ -184,6 +184,7 @@ class Answers:
     identical: str = "first"  # equal texts of several teachers: first | all
     loops: float = 0.5  # an answer with more than this share of repeated words is left out; 1 = none is
     truncated: str = "drop"  # answers that do not fit into data.seq_len: drop | keep, cut off
+    scored: str = ""  # where figures are kept, in answers/ of this directory, relative to the workdir; "" = the workdir
     candidates: int = 0  # of each question so many are scored, drawn at random; 0 = all
     rescore_every: int = 0  # steps after which the student as it is then chooses anew; 0 = never
     restart: str = ""  # what begins anew with each choice: "" = nothing | optimiser | weights, and the optimiser

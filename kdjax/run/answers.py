@@ -74,7 +74,7 @@ class AnswerChoice:
             return Choice(counts)
         student = params_fingerprint(params)
         start, self._places = time.perf_counter(), 0
-        with open_scored(scored_path(self._workdir, student), self._depends(student)) as scored:
+        with open_scored(scored_path(self._workdir, student, self._settings.scored), self._depends(student)) as scored:
             added = self._score(params, scored)
             seconds = time.perf_counter() - start
             if added:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,8 +49,8 @@ def _round(built: Built, folder: Path, step: int, steps: int, size: int) -> Roun
     known: dict[str, Any] = {"tokens_trained": trained, "training_flops": 6.0 * size * trained}
     scored = manifest["depends"]["scored"]
     if scored:
-        figures = _figures(folder / scored)
-        cost = read_manifest(folder / scored).get("counts") or {}
+        path = Path(os.path.normpath(folder.parent / e.answers.scored)) / FOLDER / scored
+        figures, cost = _figures(path), read_manifest(path).get("counts") or {}
         known["answers_scored"] = int(cost.get("answers", 0))
         known["tokens_scored"] = int(cost.get("places", 0))
         known["scoring_seconds"] = float(cost.get("seconds", math.nan))

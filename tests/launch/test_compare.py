@@ -114,6 +114,9 @@ class World:
         figures = {"train_rows": 16, "train_tokens": 512, "train_targets": 496}
         path.write_text(json.dumps(figures | {"step_temporary_bytes": 2**20, "step_argument_bytes": 2**21}))
 
+    def generate(self, folder, given, complete):
+        folder.mkdir(parents=True, exist_ok=True)
+
     def curate(self, folder, given, complete):
         (folder / "samples").mkdir()
         (folder / "samples" / "manifest.json").write_text(json.dumps({"made": {"seconds": 0.75}}))
@@ -165,6 +168,25 @@ def world(compare, monkeypatch, tmp_path):
 
 
 # --- a whole study
+
+
+def test_what_arms_share_is_made_once_before_them(world, capsys):
+    prepared = 'study.prepare = {"pool": ("generate", "--out=pool")}\n    study.arms = '
+    world.study({"dense": {}}, equal_time=False, **{"study.arms = ": prepared})
+    world.failing.add(("prepare/pool", "generate"))
+    assert world() == 1
+    assert world.called == [("prepare/pool", "generate")]
+    assert "prepare pool: generate FAILED" in capsys.readouterr().out
+    world.failing.clear()
+    assert world() == 0
+    assert world.called[:2] == [("prepare/pool", "generate"), ("dense", "plan")]
+    assert world() == 0
+    assert ("prepare/pool", "generate") not in world.called
+    world.study({"dense": {}}, equal_time=False, **{"study.arms = ": prepared.replace("generate", "rm")})
+    with pytest.raises(
+        ValueError, match=r"^prepare\['pool'\] must be \(script, \*arguments\) with a script of generate, "
+    ):
+        world()
 
 
 def test_arms_by_seeds_then_equal_time_then_the_table(world, capsys):

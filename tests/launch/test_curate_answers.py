@@ -88,6 +88,9 @@ def test_a_pool_is_verified_scored_and_selected_once(call, typed, tmp_path, monk
     assert "scored now: 0 answers, 0 tokens" in again
     assert (file.read_bytes(), (run / "answers/selected.jsonl").read_bytes()) == before
 
+    shared = call("curate", *typed(tmp_path / "other", answers__scored="../run"))
+    assert "scored now: 0 answers" in shared, "the same student, whose figures are in the other directory"
+    assert (tmp_path / "other/answers/selected.jsonl").read_bytes() == before[1]
     measured = lines(run / "answers/yardstick.jsonl")
     assert len({line["id"] for line in measured}) == 3
     assert all(line["gradient"] > 0 and abs(line["gain"]) > 0 for line in measured)

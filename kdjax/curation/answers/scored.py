@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -109,9 +110,9 @@ def _written(figures: Mapping[str, float]) -> dict[str, float | None]:
     return {name: None if math.isnan(value) else float(value) for name, value in figures.items()}
 
 
-def scored_path(workdir: Path, student: str) -> Path:
-    """The file of a student, by `params_fingerprint` of its weights."""
-    return workdir / FOLDER / f"scored-{student[:SHOWN]}.jsonl"
+def scored_path(workdir: Path, student: str, elsewhere: str = "") -> Path:
+    """The file of a student, by `params_fingerprint` of its weights. elsewhere: answers.scored."""
+    return Path(os.path.normpath(workdir / elsewhere)) / FOLDER / f"scored-{student[:SHOWN]}.jsonl"
 
 
 def open_scored(path: Path, depends: Mapping[str, Any]) -> ScoredFile:
