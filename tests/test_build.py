@@ -11,6 +11,7 @@ import pytest
 from kdjax import loop, models
 from kdjax.build import build
 from kdjax.config import default_config, from_config_dict
+from kdjax.data import train_iterator
 from kdjax.models import ModelConfig
 from kdjax.models.hf_io import save_hf
 from kdjax.sharding import DATA
@@ -93,7 +94,7 @@ def experiment(folder):
 def train(built, steps=1):
     """(state, metrics of each step, how often the step was compiled)."""
     e, state, reports = built.experiment, loop.fresh_state(built), []
-    data = loop.train_iterator(built.data.train, e.train.batch_size, e.train.seed)
+    data = train_iterator(built.data.train, e.train.batch_size, e.train.seed)
     step = jax.jit(make_train_step(built.parts), donate_argnums=0)
     for _ in range(steps):
         batch = loop.place(next(data), built.rules, e.train.accumulate)
@@ -207,7 +208,7 @@ def test_without_a_teacher_cross_entropy_is_plain_fine_tuning(experiment):
     assert built.teacher_params == ()
     _, (report,), _ = train(built)
 
-    rows = next(loop.train_iterator(built.data.train, built.experiment.train.batch_size, 0))
+    rows = next(train_iterator(built.data.train, built.experiment.train.batch_size, 0))
     batch = loop.place(rows, built.rules, 1)
     hidden = jax.jit(built.parts.student.hidden)(built.student_params, jax.tree.map(lambda a: a[0], batch))
     logits = np.float64(hidden) @ np.float64(built.student_params["embed"]).T
@@ -230,7 +231,7 @@ def test_without_a_teacher_divergences_and_its_signals_are_refused(experiment):
 def test_a_signal_of_the_teacher_needs_no_loss_that_does(experiment):
     built = build(experiment(**SOFT, selection__signal="teacher_entropy"))
     step = make_train_step(built.parts)
-    batch = loop.place(next(loop.train_iterator(built.data.train, 8, 0)), built.rules, 1)
+    batch = loop.place(next(train_iterator(built.data.train, 8, 0)), built.rules, 1)
     traced = jax.eval_shape(lambda *a: step(*a)[1].metrics, loop.fresh_state(built), built.teacher_params, batch)
     assert {"cross_entropy", "teacher_entropy"} <= set(traced)
     assert not {"forward_kl", "student_entropy"} & set(traced)

@@ -282,7 +282,7 @@ def refusal(done):
         ),
         (
             ["--config.trian.steps=3"],
-            r"config has no field 'trian\.steps'\. Did you mean 'train'\? Known: cache, checkpoint, .*",
+            r"config has no field 'trian\.steps'\. Did you mean 'train'\? Known: answers, cache, checkpoint, .*",
         ),
         (["--noconfig.log.wandbb"], r"config has no field 'log\.wandbb'\. Did you mean 'wandb'\? .*"),
         (["--config.train.steps.x=3"], r"config has no field 'train\.steps\.x'; train\.steps is one value\."),

@@ -11,7 +11,7 @@ from kdjax import loop
 from kdjax.build import build
 from kdjax.config import default_config, from_config_dict
 from kdjax.curation import make_scorer
-from kdjax.data import heldout_batches, to_batch
+from kdjax.data import heldout_batches, to_batch, train_iterator
 from kdjax.evals.text_page import make_page_step
 from kdjax.run.heldout import Heldout
 from kdjax.step import feed_of, feed_step, make_train_step
@@ -62,7 +62,7 @@ def figures(built):
     """Losses of two steps, and what the student makes of held-out text, of the rows and of one page."""
     state = loop.fresh_state(built)
     step, feed = jax.jit(make_train_step(built.parts), donate_argnums=0), feed_step(built.parts)
-    data = loop.train_iterator(built.train, 8, built.experiment.train.seed)
+    data = train_iterator(built.train, 8, built.experiment.train.seed)
     losses = []
     for _ in range(2):
         batch = feed(loop.place(next(data), built.rules, built.experiment.train.accumulate))
