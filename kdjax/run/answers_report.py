@@ -24,7 +24,7 @@ def write_report(built: Built, workdir: Path) -> Path:
     """The page, made anew. Raises OSError if it cannot be written, ValueError for files that are damaged."""
     e, folder = built.experiment, workdir / FOLDER
     steps = sorted(_step(path) for path in folder.glob(f"{selected.NAME}*.manifest.json"))
-    ends = [*steps[1:], e.train.steps]
+    ends = [min(step + (e.answers.rescore_every or e.train.steps), e.train.steps) for step in steps]
     size = sum(leaf.size for leaf in jax.tree.leaves(built.student_params))
     rounds = [_round(built, folder, step, end - step, size) for step, end in zip(steps, ends, strict=True)]
     pool = read_manifest(folder / verify.ADMITTED)["counts"]["teachers"]
@@ -55,7 +55,8 @@ def _round(built: Built, folder: Path, step: int, steps: int, size: int) -> Roun
         known["tokens_scored"] = int(cost.get("places", 0))
         known["scoring_seconds"] = float(cost.get("seconds", math.nan))
         known["scoring_flops"] = 2.0 * size * known["tokens_scored"]
-        known["overlap"] = _overlaps(lines, figures, e.answers.question_share)
+        rivals = [name for name in RIVALS if name != e.answers.score]
+        known["overlap"] = _overlaps(lines, figures, rivals, e.answers.question_share)
         known["score"] = _mean([one.score_value for one in lines])
         known["answer_nll"] = _mean([figures.get(one.id, {}).get(one.row, {}).get("answer_nll") for one in lines])
     return round_of(manifest["counts"], step=step, **known)
@@ -69,7 +70,9 @@ def _figures(path: Path) -> Figures:
     return found
 
 
-def _overlaps(lines: list[selected.Selected], figures: Figures, question_share: float) -> dict[str, float]:
+def _overlaps(
+    lines: list[selected.Selected], figures: Figures, rivals: list[str], question_share: float
+) -> dict[str, float]:
     """Rival -> the share of the questions whose selected answer is the rival's best, and so for the shortest."""
     chosen: dict[str, set[str]] = {}
     for one in lines:
@@ -81,7 +84,7 @@ def _overlaps(lines: list[selected.Selected], figures: Figures, question_share: 
             continue
         names, values = list(known), list(known.values())
         costs = {"shortest": [float(each["n_answer"] or 0) for each in values]}
-        for rival in RIVALS:
+        for rival in rivals:
             if all(need in each for need in SCORES[rival].needs for each in values):
                 costs[rival] = rate(rival, values, Context(question_share))
         for rival, of in costs.items():
