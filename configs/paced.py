@@ -5,9 +5,9 @@ Command:   python -m launch.curate --config=configs/paced.py --workdir=runs/p
 Hardware:  2 CPU cores, 4 GiB of memory (estimated); other models and prompts: --config.teacher.path=...
              --config.student.path=... --config.prompts.path=..., and answers of a teacher instead of the gold ones:
              --config.prompts.answers=<the --out of launch.generate --model=teacher>
-Time:      not timed as a whole; 8 answers to each of 49 prompts took 5 minutes beside other work, a step 15 s
-Result:    runs/p/weights.jsonl, a weight per prompt: of 49 prompts 19 were never solved, 30 are kept, none is always
-             solved; and a student trained with them
+Time:      about 5 minutes for the answers and 15 for the steps on idle cores (87 tokens/s at the end of a run)
+Result:    runs/p/weights.jsonl, a weight per prompt: of 162 prompts 80 were never solved, 82 are kept, none is always
+             solved; and a student trained with them, held-out text unchanged (perplexity 26.4 before, 26.3 after)
 
 SmolLM2-135M-Instruct (dequantised from Q4_1) answers small sums 8 times each; those that it never or always solves are
 left out. The first half of the steps is forward KL on the gold answers, the second reverse KL on the student's own.

@@ -107,6 +107,19 @@ def _text_page(built: Built, state: TrainState) -> dict[str, Any]:
     return {"text": text, "text_note": "The first held-out row, as the trained student sees it."}
 
 
+def _answers(built: Built) -> str:
+    """What is trained on where there are prompts; "on" is before it."""
+    e, count = built.experiment, len(built.asked.train) if built.asked is not None else 0
+    whose = {"gold": "gold answers", "pool": f"selected answers ({e.answers.policy}, {e.answers.score})", "": ""}
+    given = whose.get(e.prompts.answers, "a model's answers")
+    own = "the student's own answers" if e.on_policy.fraction != 0 else ""
+    plain = "" if e.prompts.answers else CORPORA.get(e.data.path, e.data.path)  # the text of the other steps
+    if e.on_policy.fraction == 1:
+        plain = ""
+    asked = f"{' and '.join(filter(None, (given, own)))} to {count:,} prompts of {e.prompts.path}"
+    return f"{asked}{f' and {plain}' if plain else ''}, judged on {CORPORA.get(e.data.path, e.data.path)}"
+
+
 def _summary(workdir: Path, built: Built) -> dict[str, Any]:
     e, data = built.experiment, built.data
     teacher: dict[str, Any] = {"teacher": "none, the text alone"}
@@ -124,7 +137,9 @@ def _summary(workdir: Path, built: Built) -> dict[str, Any]:
         "random_fraction": f"a random {e.selection.fraction:.0%} of the positions",
         "top_fraction": f"the {e.selection.fraction:.0%} of positions with the highest {signal}",
     }
-    text, kept = CORPORA.get(e.data.path, e.data.path), ""
+    text, kept = f"{CORPORA.get(e.data.path, e.data.path)}, {data.summary['train']['documents']} training documents", ""
+    if built.asked is not None:
+        text = _answers(built)
     if len(built.train) < len(data.train):
         score = e.samples.score.replace("_", " ")
         kept = f", the {len(built.train):,} of {len(data.train):,} rows with the highest {score}"
@@ -133,7 +148,7 @@ def _summary(workdir: Path, built: Built) -> dict[str, Any]:
         "student": built.student_source,
         "student_layers": built.student_cfg.layers,
         "student_parameters": _size(built.student_params),
-        "data": f"{text}, {data.summary['train']['documents']} training documents{kept}",
+        "data": text + kept,
         "selection": policies.get(e.selection.policy, e.selection.policy),
         "loss": " + ".join(name.replace("_", " ").replace(" kl", " KL") for name in built.parts.objective.terms),
         "steps": e.train.steps,

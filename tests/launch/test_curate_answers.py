@@ -157,6 +157,8 @@ def test_rounds_and_going_on_in_the_middle(call, typed, tmp_path):
     assert "the same as head_norm" in page or "the same as grape" in page or "the same as shortest" in page
     assert "the same as scas" not in page, "it is what was selected by"
     assert ">768<" in page, "two steps of four rows of 96 tokens a round"
+    said = f"Distilled on selected answers (group, scas) to {len(QUESTIONS)} prompts of arith:sum1, judged on "
+    assert said in (run / "report.html").read_text()
     losses = [line["loss"] for line in log if "loss" in line]
     choices = {path.name: path.read_bytes() for path in (run / "answers").glob("selected*.jsonl")}
     assert set(choices) == {"selected.jsonl", "selected-2.jsonl", "selected-4.jsonl"}
