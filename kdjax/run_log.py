@@ -213,6 +213,37 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
+def cut_off_last_line(path: Path) -> None:
+    """Remove what a killed process left without its end; a file of whole lines stays as it is."""
+    with open(path, "r+b") as file:
+        end = at = file.seek(0, os.SEEK_END)
+        while at > 0:
+            start = max(0, at - 65536)
+            file.seek(start)
+            newline = file.read(at - start).rfind(b"\n")
+            if newline >= 0:
+                at = start + newline + 1
+                break
+            at = start
+        if at < end:
+            file.truncate(at)
+
+
+def lock(descriptor: int) -> bool:
+    """Hold an open file until it is closed. False if the file system has no locks; BlockingIOError if it is held."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
 def _strict(value: Any) -> Any:
     """JSON without NaN and Infinity, which other readers refuse; NumPy and JAX scalars become numbers."""
     if isinstance(value, Mapping):

@@ -23,7 +23,7 @@ from kdjax.curation.paced import Weights, weigh, write_weights
 from kdjax.curation.pass_rates import FORMAT, PassRates, count, merge, write_pass_rates
 from kdjax.data.prompts import Prompt, fingerprint
 from kdjax.generation.store import FAILED, Rollout, read_manifest, read_rollouts
-from kdjax.run_log import read_lines, write_whole
+from kdjax.run_log import cut_off_last_line, read_lines, write_whole
 
 ROLLOUTS, VERIFIED = "rollouts", "verified"
 OWN = ("seed", "samples")  # of what answers depend on: may differ between runs whose counts are added up
@@ -148,10 +148,7 @@ def _known(path: Path, manifest: Path, basis: Mapping[str, Any]) -> dict[tuple[s
         write_whole(manifest, json.dumps({"format": FORMAT, "basis": basis}, indent=2) + "\n")
         return {}
     if path.is_file():
-        content = path.read_bytes()
-        if not content.endswith(b"\n"):
-            with open(path, "r+b") as file:
-                file.truncate(content.rfind(b"\n") + 1)
+        cut_off_last_line(path)
     return {(line["id"], line["sample"], line["of"]): line["verdict"] for line in read_lines(path)}
 
 

@@ -13,12 +13,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from kdjax.run_log import read_lines, write_whole
+from kdjax.run_log import cut_off_last_line, lock, read_lines, write_whole
 
 FORMAT = 1
 ROLLOUTS, MANIFEST = "rollouts.jsonl", "manifest.json"
@@ -109,7 +108,7 @@ def open_store(directory: str | Path, depends: Mapping[str, Any], made: Mapping[
     file = open(folder / ROLLOUTS, "ab", buffering=0)  # noqa: SIM115, it is the store's
     try:
         _lock(file, directory)
-        _cut_off_last_line(folder / ROLLOUTS)
+        cut_off_last_line(folder / ROLLOUTS)
         return Store(file, {rollout.key for rollout in read_rollouts(folder) if rollout.finish != FAILED})
     except BaseException:
         file.close()
@@ -196,29 +195,9 @@ def _parse(record: Mapping[str, Any], where: str) -> Rollout:
     return Rollout(**values)
 
 
-def _cut_off_last_line(path: Path) -> None:
-    """What a killed process left without its end; the sample is drawn again."""
-    with open(path, "r+b") as file:
-        end = at = file.seek(0, os.SEEK_END)
-        while at > 0:
-            start = max(0, at - 65536)
-            file.seek(start)
-            newline = file.read(at - start).rfind(b"\n")
-            if newline >= 0:
-                at = start + newline + 1
-                break
-            at = start
-        if at < end:
-            file.truncate(at)
-
-
 def _lock(file: BinaryIO, directory: str | Path) -> None:
-    if os.name != "posix":
-        return
-    import fcntl
-
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file.fileno())
     except BlockingIOError as error:
         raise ValueError(
             f"--out must be written by one process at a time, got {str(directory)!r}, which another one writes. Wait "

@@ -15,6 +15,8 @@ from kdjax.build import Built
 from kdjax.curation.answers import selected, verify
 from kdjax.curation.answers.scores import SCORES, Context, rate
 from kdjax.curation.answers.stage import FOLDER, manifest_of, read_manifest, records
+from kdjax.run.answers import selection_of
+from kdjax.run.report_data import typed_command
 
 RIVALS = ("scas", "head_norm", "grape", "rsr")  # the best answer by each is compared with what was selected
 Figures = dict[str, dict[str, Mapping[str, float | None]]]  # question -> row -> figures
@@ -29,9 +31,8 @@ def write_report(built: Built, workdir: Path) -> Path:
     rounds = [_round(built, folder, step, end - step, size) for step, end in zip(steps, ends, strict=True)]
     pool = read_manifest(folder / verify.ADMITTED)["counts"]["teachers"]
     said = f"answers.policy={e.answers.policy!r}, answers.seed={e.answers.seed}."
-    command = f"python -m launch.curate --workdir={workdir}"
     return write_answers(
-        folder / "report.html", rounds, pool, name=e.name, score=e.answers.score, chosen=said, command=command
+        folder / "report.html", rounds, pool, name=e.name, score=e.answers.score, chosen=said, command=typed_command()
     )
 
 
@@ -41,7 +42,7 @@ def _step(manifest: Path) -> int:
 
 
 def _round(built: Built, folder: Path, step: int, steps: int, size: int) -> Round:
-    name = f"{selected.NAME}-{step}" if step else selected.NAME
+    name = selection_of(step)
     manifest = json.loads(manifest_of(folder / f"{name}.jsonl").read_text(encoding="utf-8"))
     lines = list(selected.read_selected(folder.parent, name))
     e = built.experiment

@@ -1,5 +1,8 @@
 """One question and all its answers in a pool, token by token, as the student of the config sees them."""
 
+import dataclasses
+import math
+import random
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,18 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from kdjax import config, registry
 from kdjax.analysis.explain_page import Explained, ExplainedAnswer
 from kdjax.build import Built
 from kdjax.curation.answers.encode import coding, encode
 from kdjax.curation.answers.pool import REASONS, Candidate, candidates, open_pool, reader
 from kdjax.curation.answers.released import as_released
-from kdjax.curation.answers.scorer import USUAL, Scored, make_answer_scorer
+from kdjax.curation.answers.scorer import Scored, make_answer_scorer, usual_figures
 from kdjax.curation.answers.scores import SCORES, Context, rate
-from kdjax.curation.answers.select import Pick, ScoredAnswer, group_of, policy_of
+from kdjax.curation.answers.select import Pick, ScoredAnswer, choose, policy_of
 from kdjax.curation.answers.selected import NAME, read_selected
 from kdjax.curation.answers.verify import admit
 from kdjax.data.prompts import Prompt, load_prompts, question_of
-from kdjax.registry import did_you_mean
 from kdjax.types import Params
 
 SHOWN = ("scas", "head_norm", "grape", "rsr", "head_diagonal")  # scores beside answers.score
@@ -40,14 +43,14 @@ def explain(built: Built, question: str, params: Params, workdir: Path | None, c
         found = candidates(pool, read, 0)
     reasons = [REASONS[admitted.reason[row]] for row in pool.of(0)]
     of = coding(built.tokenizer, e.data, settings)
-    usual = USUAL if built.parts.student.shared is not None else tuple(n for n in USUAL if not n.startswith("sim_"))
+    usual, score = usual_figures(built.parts.student), registry.lookup(SCORES, settings.score, "answers.score")
     scorer = make_answer_scorer(built.parts.student, settings, e.data.seq_len, built.rules, figures=usual, tokens=True)
     scored = {each.row: each for each in scorer(params, [encode(prompt, found, of)])}
     names = [name for name in dict.fromkeys([settings.score, *SHOWN]) if set(SCORES[name].needs) <= set(usual)]
     valid = [one for one, why in zip(found, reasons, strict=True) if not why and not scored[one.row].error]
     context = Context(settings.question_share)
     rated = {name: _rates(name, valid, scored, context) for name in names}
-    ranked = _ranked(valid, rated.get(settings.score, {}), settings.score, settings.groups)
+    ranked = _ranked(valid, rated.get(settings.score, {}), settings)
     chosen = {one.row for one in read_selected(workdir, NAME) if one.id == question} if workdir is not None else set()
     answers = []
     for one, why in zip(found, reasons, strict=True):
@@ -59,7 +62,7 @@ def explain(built: Built, question: str, params: Params, workdir: Path | None, c
         id=prompt.id,
         gold=prompt.answer or "",
         score=settings.score,
-        lower=SCORES[settings.score].lower,
+        lower=score.lower,
         groups=settings.groups if policy_of(settings).scores else 0,
         chosen=f"Chosen by answers.policy={settings.policy!r}." if chosen else "",
         student=f"The student: {built.student_source}.",
@@ -71,7 +74,8 @@ def _prompt(prompts: Sequence[Prompt], question: str) -> Prompt:
     known = {prompt.id: prompt for prompt in prompts}
     if question not in known:
         raise ValueError(
-            f"--explain must be the id of a question of prompts.path, got {question!r}." + did_you_mean(question, known)
+            f"--explain must be the id of a question of prompts.path, got {question!r}."
+            + registry.did_you_mean(question, known)
         )
     return known[question]
 
@@ -82,15 +86,11 @@ def _rates(name: str, valid: Sequence[Candidate], scored: dict[str, Scored], con
     return dict(zip(rows, rate(name, [scored[row].figures for row in rows], context), strict=True))
 
 
-def _ranked(valid: Sequence[Candidate], values: dict[str, float], score: str, groups: int) -> dict[str, Pick]:
-    """Row -> its rank and group by the score, as `select.choose` has them."""
-    sign = 1 if SCORES[score].lower else -1
-    rated = [one for one in valid if np.isfinite(values.get(one.row, np.nan))]
-    rated.sort(key=lambda one: (sign * values[one.row], one.teacher, one.row))
-    return {
-        one.row: Pick(ScoredAnswer(one.row, one.teacher, values[one.row]), rank, group_of(rank, len(rated), groups))
-        for rank, one in enumerate(rated, 1)
-    }
+def _ranked(valid: Sequence[Candidate], values: dict[str, float], settings: config.Answers) -> dict[str, Pick]:
+    """Row -> its rank and group by answers.score, whatever the policy."""
+    scored = [ScoredAnswer(one.row, one.teacher, values.get(one.row, math.nan)) for one in valid]
+    by_score = dataclasses.replace(settings, policy="best")
+    return {pick.answer.row: pick for pick in choose("", scored, by_score, random.Random(0)).ranked}
 
 
 def _answer(

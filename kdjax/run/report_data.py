@@ -107,6 +107,11 @@ def _text_page(built: Built, state: TrainState) -> dict[str, Any]:
     return {"text": text, "text_note": "The first held-out row, as the trained student sees it."}
 
 
+def typed_command() -> str:
+    """What was typed; "" in a notebook, where the command line is that of its kernel."""
+    return "" if "ipykernel" in sys.modules else shlex.join(["python", "-m", _module(), *sys.argv[1:]])
+
+
 def _answers(built: Built) -> str:
     """What is trained on where there are prompts; "on" is before it."""
     e, count = built.experiment, len(built.asked.train) if built.asked is not None else 0
@@ -163,9 +168,7 @@ def _summary(workdir: Path, built: Built) -> dict[str, Any]:
     } | ({} if built.teacher is None else {"teacher": built.teacher.fingerprint[:16]})
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     versions |= {"kdjax": kdjax.__version__, "python": platform.python_version()}
-    # In a notebook the command line is that of its kernel.
-    command = "" if "ipykernel" in sys.modules else shlex.join(["python", "-m", _module(), *sys.argv[1:]])
-    return {"summary": summary, "versions": versions, "fingerprints": prints, "command": command}
+    return {"summary": summary, "versions": versions, "fingerprints": prints, "command": typed_command()}
 
 
 def _module() -> str:

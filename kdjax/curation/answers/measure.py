@@ -16,7 +16,7 @@ from kdjax import config, registry
 from kdjax.curation.answers.encode import Coding, Encoded, EncodedAnswer, Tokens, encode
 from kdjax.curation.answers.gradients import make_gradient_pass, rows_of
 from kdjax.curation.answers.scored import ScoredFile
-from kdjax.curation.answers.scorer import FIGURES, USUAL, AnswerScorer, Scored, make_answer_scorer
+from kdjax.curation.answers.scorer import FIGURES, USUAL, AnswerScorer, Scored, make_answer_scorer, usual_figures
 from kdjax.curation.answers.scores import SCORES, Context
 from kdjax.curation.answers.steps import fit_casl, lalp, local_rows, step_figures, steps_of_tokens
 from kdjax.curation.answers.verify import Admitted, admitted_answers
@@ -49,7 +49,7 @@ def make_measurer(
     """
     needs = registry.lookup(SCORES, settings.score, "answers.score").needs
     steps, local, gradient = any(name in STEPS for name in needs), LOCAL in needs, GRADIENT in needs
-    usual = USUAL if model.shared is not None else tuple(name for name in USUAL if not name.startswith("sim_"))
+    usual = usual_figures(model)
     wanted = (*usual, *(name for name in needs if name in FIGURES and name not in usual))
     scorer = make_answer_scorer(model, settings, of.seq_len, rules, figures=wanted, tokens=steps or local)
     alone = make_answer_scorer(model, settings, of.seq_len, rules, figures=("answer_nll",), tokens=True)

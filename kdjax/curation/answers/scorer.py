@@ -56,6 +56,12 @@ FIGURES: dict[str, str] = {
 SIMILARITIES = ("sim_aa", "sim_aq", "sim_qq")
 USUAL = tuple(name for name in FIGURES if name != "top_brier")
 
+
+def usual_figures(model: LanguageModel) -> tuple[str, ...]:
+    """What a pass gives at no cost worth naming; of a model whose layers kdjax does not know, no similarities."""
+    return tuple(name for name in USUAL if model.shared is not None or name not in SIMILARITIES)
+
+
 OnCall = Callable[[int, int], None]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from kdjax.run_log import write_whole
+from kdjax.run_log import cut_off_last_line, lock, write_whole
 
 FORMAT = 1
 FOLDER = "answers"  # of a workdir
@@ -64,7 +64,7 @@ def open_stage(path: Path, depends: Mapping[str, Any], *, renew: bool) -> Stage:
                 raise ValueError(_differing(path, there or {}, depends))
             file.truncate(0)  # before there is a manifest that says what its lines are of
             _write_manifest(path, depends, None)
-        _cut_off_last_line(file)
+        cut_off_last_line(path)
         return Stage(path, file, depends)
     except BaseException:
         file.close()
@@ -120,28 +120,9 @@ def _differing(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) ->
     )
 
 
-def _cut_off_last_line(file: BinaryIO) -> None:
-    """What a killed process left without its end."""
-    end = at = file.seek(0, os.SEEK_END)
-    while at > 0:
-        start = max(0, at - 65536)
-        file.seek(start)
-        newline = file.read(at - start).rfind(b"\n")
-        if newline >= 0:
-            at = start + newline + 1
-            break
-        at = start
-    if at < end:
-        file.truncate(at)
-
-
 def _lock(file: BinaryIO, path: Path) -> None:
-    if os.name != "posix":
-        return
-    import fcntl
-
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file.fileno())
     except BlockingIOError as error:
         raise ValueError(
             f"{path} must be written by one process at a time, got a second one. Wait for the first to end, or set "

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from kdjax.run_log import lock
+
 Place = Any  # pathlib.Path, or the epath.Path of a remote file: the same methods, apart from `stat`
 
 TEMPORARY = ".tmp"
@@ -97,28 +99,13 @@ def _create_locked(target: Path) -> tuple[Path, BinaryIO]:
         temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}{TEMPORARY}")
         out = open(temporary, "xb")  # noqa: SIM115, the caller closes it
         try:
-            _lock(out.fileno())
+            lock(out.fileno())
             if temporary.exists():
                 return temporary, out
         except BlockingIOError:
             pass
         # A cleaner came between and took it for a dead writer's: another name, then.
         out.close()
-
-
-def _lock(descriptor: int) -> bool:
-    """False if the file system has no locks. Raises BlockingIOError if somebody else holds it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        return False
-    return True
 
 
 def _put(temporary: Path, target: Path, replace: bool) -> bool:
@@ -167,7 +154,7 @@ def _remove_abandoned(file: Place) -> bool:
         if not is_local(file):
             return _remove_old(file, file.stat().mtime)
         with open(file, "r+b") as held:
-            if _lock(held.fileno()):
+            if lock(held.fileno()):
                 file.unlink()
                 return True
             return _remove_old(file, os.path.getmtime(file))
