@@ -6,9 +6,10 @@ Time:      not run whole yet
 Result:    not run whole yet
 
 The teachers: SmolLM2-135M-Instruct (dequantised from Q4_1) asked in three ways, so three teachers derived from one base
-model, of which only right answers count; and five scripts that know the answers and differ in manner alone. The student
-has 24 of the model's 30 layers. Arms differ in which right answer to a question is trained on. Judged by the verified
-answers to questions that were held out. The pool is made once, in runs/pools/arith_240.
+model, of which only right answers count; and five scripts that know the answers and differ in manner alone. They answer
+sums, divisors, syllogisms and who of three is the tallest. The student has 24 of the model's 30 layers. Arms differ in
+which right answer to a question is trained on. Judged by the verified answers to questions that were held out. The pool
+is made once, in runs/pools/arith_logic.
 """
 
 from ml_collections import ConfigDict
@@ -16,8 +17,14 @@ from ml_collections import ConfigDict
 from kdjax.analysis.study import default_study
 from kdjax.config import default_config
 
-POOL = "runs/pools/arith_240"
-ASKED_OF = ("--config.prompts.size=240", "--config.prompts.heldout_fraction=0.4")
+POOL = "runs/pools/arith_logic"
+KINDS = "arith:sum1,arith1,sum2,gcd,syll,order"
+SIZE, HELDOUT = 300, 0.4
+ASKED_OF = (
+    f"--config.prompts.path={KINDS}",
+    f"--config.prompts.size={SIZE}",
+    f"--config.prompts.heldout_fraction={HELDOUT}",
+)
 STYLES = ("bare", "sentence", "equation", "words", "steps")
 ASKED = {
     "chat": (),
@@ -74,11 +81,11 @@ def base(steps: int) -> ConfigDict:
     config.student.init.kind = "cut"
     config.student.init.layers = 24
     config.data.path = "factbook"
-    config.data.seq_len = 80
+    config.data.seq_len = 88  # all but the divisors' steps
     config.data.max_train_tokens = 20_000
-    config.prompts.path = "arith"
-    config.prompts.size = 240
-    config.prompts.heldout_fraction = 0.4
+    config.prompts.path = KINDS
+    config.prompts.size = SIZE
+    config.prompts.heldout_fraction = HELDOUT
     config.prompts.instruction = " Reply with the answer only."
     config.prompts.answers = "pool"
     config.answers.pool = (POOL,)
@@ -93,7 +100,7 @@ def base(steps: int) -> ConfigDict:
     config.train.batch_size = 8
     config.train.log_every = 5
     config.eval.rows = 8
-    config.eval.prompts = 90
+    config.eval.prompts = 100
     config.eval.completions = 0
     config.checkpoint.keep = 1
     config.checkpoint.keep_best = 0

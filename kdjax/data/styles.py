@@ -1,78 +1,53 @@
 """Scripted teachers: right answers to the questions of the built-in task "arith", written in several styles.
 
 They know the gold answer, so that pools can be made in which teachers differ in manner and not in knowledge. To add a
-style: one function of a question's numbers, its sign and its result, and one line in STYLES.
+style: one function of what is `Known` of a question, and one line in STYLES. Another kind of question: a line in KNOWN.
 """
 
-from __future__ import annotations
-
+import dataclasses
 import math
 import re
 from collections.abc import Callable
 
 from kdjax.data.prompts import Prompt
+from kdjax.data.tasks import FIGURES, RELATIONS
 
-DIVISORS = "gcd"  # stands where a sign does
-QUESTION = r"What is (\d+) ([-+*/]) (\d+)\b(?! [-+*/])|greatest common divisor of (\d+) and (\d+)\b"
 WORDS = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}
 
 
-def scripted(prompt: Prompt, style: Callable[[int, str, int, str], str]) -> str:
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """Of one question. equation: the answer with all that is asked, in signs; words: in a sentence; working: how it is
+    found, in a sentence or two."""
+
+    answer: str
+    equation: str
+    words: str
+    working: str
+
+
+Style = Callable[[Known], str]
+
+
+def scripted(prompt: Prompt, style: Style) -> str:
     """The answer to a question of "arith" in this style. Raises ValueError for a question of another task."""
-    found = re.search(QUESTION, _question(prompt))
-    if found is None or prompt.answer is None:
-        raise ValueError(
-            f"prompts.path must be 'arith' with sums or divisors for --model=scripted, got the question {prompt.id!r}; "
-            "nothing is written for others. Set it to 'arith'."
-        )
-    first, sign, second, *pair = found.groups()
-    if sign is None:
-        return style(int(pair[0]), DIVISORS, int(pair[1]), prompt.answer)
-    return style(int(first), sign, int(second), prompt.answer)
-
-
-def _question(prompt: Prompt) -> str:
-    return prompt.prompt if isinstance(prompt.prompt, str) else prompt.prompt[-1]["content"]
-
-
-def _bare(a: int, sign: str, b: int, result: str) -> str:
-    return result
-
-
-def _sentence(a: int, sign: str, b: int, result: str) -> str:
-    return f"The answer is {result}."
-
-
-def _equation(a: int, sign: str, b: int, result: str) -> str:
-    return f"gcd({a}, {b}) = {result}" if sign == DIVISORS else f"{a} {sign} {b} = {result}"
-
-
-def _words(a: int, sign: str, b: int, result: str) -> str:
-    if sign == DIVISORS:
-        return f"The greatest number that divides both {a} and {b} is {result}."
-    return f"{a} {WORDS[sign]} {b} equals {result}."
-
-
-def _boxed(a: int, sign: str, b: int, result: str) -> str:
-    return f"The final answer is $\\boxed{{{result}}}$."
-
-
-def _steps(a: int, sign: str, b: int, result: str) -> str:
-    return f"{_working(a, sign, b)}\nThe answer is {result}."
-
-
-def _tutor(a: int, sign: str, b: int, result: str) -> str:
-    return (
-        f"Let us look at it together, one step after the other. {_working(a, sign, b)} "
-        f"You can check this by going back the other way. So, well done: the answer is {result}."
+    question = prompt.prompt if isinstance(prompt.prompt, str) else prompt.prompt[-1]["content"]
+    for pattern, known in KNOWN.items():
+        found = re.search(pattern, question)
+        if found is not None and prompt.answer is not None:
+            return style(known(found, prompt.answer))
+    raise ValueError(
+        "prompts.path must be 'arith' without the kind 'letters' for --model=scripted, got the question "
+        f"{prompt.id!r}; nothing is written for others. Set it to 'arith'."
     )
 
 
-def _working(a: int, sign: str, b: int) -> str:
-    """How it is found, in a sentence or two."""
-    if sign == DIVISORS:
-        lists = [", ".join(str(d) for d in range(1, n + 1) if n % d == 0) for n in (a, b)]
-        return f"{a} is divided by {lists[0]}. {b} is divided by {lists[1]}. The greatest in both is {math.gcd(a, b)}."
+def _sum(found: re.Match[str], result: str) -> Known:
+    a, sign, b = int(found[1]), found[2], int(found[3])
+    return Known(result, f"{a} {sign} {b} = {result}", f"{a} {WORDS[sign]} {b} equals {result}.", _reckoned(a, sign, b))
+
+
+def _reckoned(a: int, sign: str, b: int) -> str:
     if sign in "+-" and min(a, b) >= 10:
         tens, ones = b // 10 * 10, b % 10
         middle = a + tens if sign == "+" else a - tens
@@ -87,12 +62,68 @@ def _working(a: int, sign: str, b: int) -> str:
     return f"Find how often {b} goes into {a}."
 
 
-STYLES: dict[str, Callable[[int, str, int, str], str]] = {
-    "bare": _bare,
-    "sentence": _sentence,
-    "equation": _equation,
-    "words": _words,
-    "boxed": _boxed,
+def _divisor(found: re.Match[str], result: str) -> Known:
+    a, b = int(found[1]), int(found[2])
+    lists = [", ".join(str(d) for d in range(1, n + 1) if n % d == 0) for n in (a, b)]
+    return Known(
+        result,
+        f"gcd({a}, {b}) = {result}",
+        f"The greatest number that divides both {a} and {b} is {result}.",
+        f"{a} is divided by {lists[0]}. {b} is divided by {lists[1]}. The greatest in both is {math.gcd(a, b)}.",
+    )
+
+
+def _syllogism(found: re.Match[str], answer: str) -> Known:
+    premises, claim = found[1], found[2]
+    a, b, c = dict.fromkeys(re.findall(r"(\w+)(?: are|\.)", premises))  # first "... a are b."
+    (reason,) = (
+        reason.format(a=a, b=b, c=c)
+        for form, claimed, _, reason in FIGURES
+        if (form.format(a=a, b=b, c=c), claimed.format(a=a, b=b, c=c)) == (premises, claim)
+    )
+    verb = "follows" if answer == "yes" else "does not follow"
+    return Known(answer, f"{answer}: {premises}", f"{answer.capitalize()}, it {verb} that {claim}.", reason)
+
+
+def _order(found: re.Match[str], answer: str) -> Known:
+    pairs, asked = [(found[1], found[3]), (found[4], found[5])], found[6]
+    if pairs[0][0] == pairs[1][1]:
+        pairs.reverse()
+    (most,) = (most for more, most, _ in RELATIONS if more == found[2])
+    line = (pairs[0][0], pairs[0][1], pairs[1][1])
+    return Known(
+        answer,
+        f"{answer}: {' > '.join(line)}",
+        f"The {asked} of the three is {answer}.",
+        f"From the {most} on they are {', '.join(line[:2])} and {line[2]}.",
+    )
+
+
+KNOWN: dict[str, Callable[[re.Match[str], str], Known]] = {
+    r"What is (\d+) ([-+*/]) (\d+)\b(?! [-+*/])": _sum,
+    r"greatest common divisor of (\d+) and (\d+)\b": _divisor,
+    r"(\w+ \w+ are \w+\. \w+ \w+ are \w+\.) Does it follow that (\w+ \w+ are \w+)\?": _syllogism,
+    r"(\w+) is (\w+) than (\w+)\. (\w+) is \2 than (\w+)\. Who is the (\w+) of the three\?": _order,
+}
+
+
+def _steps(known: Known) -> str:
+    return f"{known.working}\nThe answer is {known.answer}."
+
+
+def _tutor(known: Known) -> str:
+    return (
+        f"Let us look at it together, one step after the other. {known.working} "
+        f"You can check this by going back the other way. So, well done: the answer is {known.answer}."
+    )
+
+
+STYLES: dict[str, Style] = {
+    "bare": lambda known: known.answer,
+    "sentence": lambda known: f"The answer is {known.answer}.",
+    "equation": lambda known: known.equation,
+    "words": lambda known: known.words,
+    "boxed": lambda known: f"The final answer is $\\boxed{{{known.answer}}}$.",
     "steps": _steps,
     "tutor": _tutor,
 }

@@ -1,4 +1,4 @@
-"""The built-in task "arith": small questions of several kinds, all that there are of each, with exact answers.
+"""The built-in task "arith": small questions of sums and logic, all that there are of each kind, with exact answers.
 
 On a model of 135M parameters the pass rates of the default kinds spread over the whole of [0, 1].
 """
@@ -23,6 +23,8 @@ WORDS = (
     "tooth tunnel vacuum valley village wagon whisper willow window winter yellow zebra"
 )
 THINGS = "birds cups dogs ferns hats kings lamps pears stars trees"
+NAMES = "Anna Ben Carl Dora Emil Fay"
+RELATIONS = (("taller", "tallest", "shortest"), ("older", "oldest", "youngest"), ("faster", "fastest", "slowest"))
 Made = dict[str, Any]  # the fields of a Prompt
 
 
@@ -75,22 +77,42 @@ def _letters() -> Iterator[Made]:
             }
 
 
-# premises about A, B, C; does "... A are C" follow?
-_FIGURES = (
-    ("All {a} are {b}. All {b} are {c}.", "all {a} are {c}", "yes"),
-    ("All {a} are {b}. No {b} are {c}.", "no {a} are {c}", "yes"),
-    ("Some {a} are {b}. All {b} are {c}.", "some {a} are {c}", "yes"),
-    ("No {a} are {b}. All {c} are {b}.", "no {a} are {c}", "yes"),
-    ("All {a} are {b}. All {c} are {b}.", "all {a} are {c}", "no"),
-    ("All {a} are {b}. Some {b} are {c}.", "some {a} are {c}", "no"),
-    ("Some {a} are {b}. Some {b} are {c}.", "some {a} are {c}", "no"),
-    ("All {a} are {b}. No {c} are {a}.", "no {c} are {b}", "no"),
+# premises about a, b, c, the first about a and b; a claim; does it follow? why
+FIGURES = (
+    (
+        "All {a} are {b}. All {b} are {c}.",
+        "all {a} are {c}",
+        "yes",
+        "The {a} are among the {b}, which are all {c}.",
+    ),
+    (
+        "All {a} are {b}. No {b} are {c}.",
+        "no {a} are {c}",
+        "yes",
+        "The {a} are among the {b}, which are never {c}.",
+    ),
+    ("Some {a} are {b}. All {b} are {c}.", "some {a} are {c}", "yes", "The {a} that are {b} are {c} too."),
+    ("No {a} are {b}. All {c} are {b}.", "no {a} are {c}", "yes", "All {c} are among the {b}, where no {a} are."),
+    ("All {a} are {b}. All {c} are {b}.", "all {a} are {c}", "no", "The {a} and the {c} may be different {b}."),
+    (
+        "All {a} are {b}. Some {b} are {c}.",
+        "some {a} are {c}",
+        "no",
+        "The {b} that are {c} may be no {a}.",
+    ),
+    (
+        "Some {a} are {b}. Some {b} are {c}.",
+        "some {a} are {c}",
+        "no",
+        "The {b} that are {c} may be no {a}.",
+    ),
+    ("All {a} are {b}. No {c} are {a}.", "no {c} are {b}", "no", "The {c} may be among the {b} that are no {a}."),
 )
 
 
 def _syllogisms() -> Iterator[Made]:
-    for (a, b, c), (number, (premises, claim, answer)) in itertools.product(
-        itertools.permutations(THINGS.split(), 3), enumerate(_FIGURES, start=1)
+    for (a, b, c), (number, (premises, claim, answer, _)) in itertools.product(
+        itertools.permutations(THINGS.split(), 3), enumerate(FIGURES, start=1)
     ):
         named = {"a": a, "b": b, "c": c}
         yield {
@@ -102,6 +124,21 @@ def _syllogisms() -> Iterator[Made]:
         }
 
 
+def _orders() -> Iterator[Made]:
+    """Three people in order, told in two sentences that may come in the other order; who is first or last?"""
+    for people, (more, most, least), turned, asked in itertools.product(
+        itertools.permutations(NAMES.split(), 3), RELATIONS, (False, True), (0, 2)
+    ):
+        told = [f"{high} is {more} than {low}." for high, low in itertools.pairwise(people)]
+        yield {
+            "id": f"order/{','.join(people)}/{most if asked == 0 else least}{'/turned' if turned else ''}",
+            "prompt": f"{' '.join(told[::-1] if turned else told)} Who is the {least if asked else most} of the three?",
+            "answer": people[asked],
+            "verifier": "choice",
+            "meta": {"kind": "order", "group": f"order {','.join(sorted(people))} {most}", "choices": sorted(people)},
+        }
+
+
 KINDS: dict[str, Callable[[], Iterator[Made]]] = {
     "sum1": lambda: _calculations("sum1", range(10), "+-"),
     "sum2": lambda: _calculations("sum2", range(10, 100), "+-"),
@@ -109,4 +146,5 @@ KINDS: dict[str, Callable[[], Iterator[Made]]] = {
     "gcd": _divisors,
     "letters": _letters,
     "syll": _syllogisms,
+    "order": _orders,
 }

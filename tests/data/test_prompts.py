@@ -178,6 +178,15 @@ def test_the_large_kinds_are_right_too():
     for prompt in syllogisms:
         assert prompt.answer == worked_out(prompt), prompt
         assert (prompt.verifier, prompt.meta["choices"]) == ("choice", ["yes", "no"])
+    orders = load("arith:order", size=300)
+    for prompt in orders:
+        pairs = re.findall(r"(\w+) is \w+ than (\w+)\.", prompt.prompt)
+        above = {low: high for high, low in pairs}
+        (first,) = {high for high, _ in pairs} - set(above)
+        (last,) = set(above) - {high for high, _ in pairs}
+        asked_for_first = any(word in prompt.prompt for word in ("tallest", "oldest", "fastest"))
+        assert prompt.answer == (first if asked_for_first else last), prompt
+        assert sorted({name for pair in pairs for name in pair}) == prompt.meta["choices"]
 
 
 def test_a_mixture_has_equal_shares_as_far_as_they_reach():
@@ -198,7 +207,7 @@ def test_an_unknown_kind_is_named():
         ValueError, match="prompts.path 'arith:...' must be a known name .*, got 'sum3'. Did you mean 'sum"
     ):
         load("arith:sum3")
-    assert set(KINDS) == {"sum1", "sum2", "arith1", "gcd", "letters", "syll"}
+    assert set(KINDS) == {"sum1", "sum2", "arith1", "gcd", "letters", "syll", "order"}
 
 
 # --- the split

@@ -12,7 +12,8 @@ from kdjax.verifiers import Verdict, verify
 
 @pytest.fixture(scope="module")
 def questions():
-    return load_prompts(Prompts(path="arith", size=1500, instruction=" Reply with the answer only."))
+    kinds = "arith:sum1,arith1,sum2,gcd,syll,order"
+    return load_prompts(Prompts(path=kinds, size=1500, instruction=" Reply with the answer only."))
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -30,7 +31,7 @@ def test_what_is_shown_on_the_way_is_true(questions):
         ):
             assert int(left) + (int(right) if sign == "+" else -int(right)) == int(result), prompt
             sums += 1
-    assert sums > 300
+    assert sums > 200
 
 
 def test_styles_differ(questions):
@@ -40,7 +41,5 @@ def test_styles_differ(questions):
 
 @pytest.mark.parametrize("text", ["Do all birds sing?", "What is 3 + 4 + 5?"])
 def test_other_questions_are_refused(text):
-    with pytest.raises(
-        ValueError, match="^prompts.path must be 'arith' with sums or divisors for --model=scripted, got"
-    ):
+    with pytest.raises(ValueError, match="^prompts.path must be 'arith' without the kind 'letters' for --model=scri"):
         scripted(Prompt("x", text, "7"), STYLES["bare"])
