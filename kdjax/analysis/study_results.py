@@ -86,6 +86,7 @@ def _train_figures(folder: Path, made: Experiment) -> Record:
         "steps": made.train.steps,
         "seconds_per_step": pace if math.isfinite(pace) else None,
         "selected_fraction": sum(shares) / len(shares) if shares else None,
+        "answers": _answers(folder, made, made.train.steps),
         "curve": curve,
         "hardware": data.get("summary", {}).get("hardware"),
         "versions": data.get("versions", {}),
@@ -181,6 +182,7 @@ def _record(study: Study, workdir: Path, run: Run) -> Record:
         "temporary_bytes": plan.get("step_temporary_bytes"),
         "argument_bytes": plan.get("step_argument_bytes"),
         "cache_bytes": found.get("cache_teacher", {}).get("bytes"),
+        **train.get("answers", {}),
     }
     return {
         "arm": run.arm,
@@ -218,6 +220,28 @@ def _covered(study: Study, run: Run, trained: int) -> int:
     if not run.timed:
         return base.train.steps * base.train.batch_size * base.data.seq_len
     return round(trained / float(study.arms[run.arm].get("samples.fraction", base.samples.fraction)))
+
+
+def _answers(folder: Path, made: Experiment, steps: int) -> Record:
+    """Tokens of the answers trained on, by their mean length; tokens and seconds of scoring, of all choices.
+
+    A choice is made before the first step and after each of answers.rescore_every; {} without a pool of answers. What
+    another run scored with the same student counts: it is what the arm costs.
+    """
+    if made.prompts.answers != "pool":
+        return {}
+    every = made.answers.rescore_every or steps
+    tokens, places, seconds = 0.0, 0, 0.0
+    for step in range(0, steps, every):
+        chosen = folder / "answers" / f"selected{f'-{step}' if step else ''}.manifest.json"
+        choice = read_json(chosen)
+        mean = choice["counts"]["tokens"] / choice["counts"]["rows"]
+        tokens += mean * made.train.batch_size * min(every, steps - step)
+        if choice["depends"]["scored"]:
+            name = Path(choice["depends"]["scored"]).with_suffix(".manifest.json").name
+            passed = read_json(folder / made.answers.scored / "answers" / name)["counts"]
+            places, seconds = places + passed["places"], seconds + passed["seconds"]
+    return {"answer_tokens": round(tokens), "scored_tokens": places, "scoring_seconds": seconds}
 
 
 def _supervised(plan: Record, trained: int, share: float | None) -> int | None:

@@ -144,7 +144,8 @@ def difference_rows(arms: Sequence[Arm], reference: str) -> list[list[str]]:
 COSTS_SAY = (
     "Costs are means over seeds. Tokens covered: of the rows gone through, with those that were scored and left out; "
     "trained on: of the rows in the steps; supervised: positions in the loss. Steps: median seconds per step, without "
-    "start-up and compilation, times steps. Scoring and caching: of the passes over the text alone, where the scripts "
+    "start-up and compilation, times steps. Scoring of answers: of all choices, whichever run paid for it. "
+    "Scoring and caching: of the passes over the text alone, where the scripts "
     "say it. Work: both together; its ratio is to {reference}, seed by seed, [95 % interval]. Commands: curate, "
     "cache_teacher and train from start to end, with start-up, compilation, checkpoints and the evaluations on the "
     "way. Temporary: of the compiled step; arguments: weights of the models that it takes, optimiser, batch. "
@@ -163,6 +164,9 @@ COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("tokens covered", "tokens_covered", "{:,.0f}".format),
     ("trained on", "tokens_trained", "{:,.0f}".format),
     ("supervised", "targets_supervised", "{:,.0f}".format),
+    ("answer tokens trained on", "answer_tokens", "{:,.0f}".format),
+    ("tokens scored, with padding", "scored_tokens", "{:,.0f}".format),
+    ("scoring of answers, s", "scoring_seconds", significant),
     ("seconds per step", "seconds_per_step", significant),
     ("steps, s", "steps_seconds", significant),
     ("scoring + caching, s", "preparation_seconds", significant),

@@ -147,7 +147,7 @@ class _Tally:
         self._teachers: collections.Counter[str] = collections.Counter()
         self._groups: collections.Counter[int] = collections.Counter()
         self._of_group: dict[int, list[float]] = {}
-        self._questions = self._considered = self._valid = self._forced = 0
+        self._questions = self._considered = self._valid = self._forced = self._tokens = 0
 
     def add(self, question: str, answers: Sequence[ScoredAnswer], nlls: Mapping[str, float], chosen: Any) -> None:
         self._questions += 1
@@ -163,6 +163,7 @@ class _Tally:
             self._dropped.setdefault(chosen.reason, []).append(question)
             return
         self._forced += chosen.forced
+        self._tokens += sum(pick.answer.length for pick in chosen.picks)
         self._teachers.update(pick.answer.teacher for pick in chosen.picks)
         self._groups.update(pick.group for pick in chosen.picks)
 
@@ -181,6 +182,7 @@ class _Tally:
             "forced": self._forced,
             "dropped": dropped,
             "rows": self._teachers.total(),
+            "tokens": self._tokens,
             "teachers": dict(sorted(self._teachers.items())),
             "groups": {str(group): count for group, count in sorted(self._groups.items())},
             "admitted": found,

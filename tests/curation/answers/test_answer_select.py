@@ -254,6 +254,7 @@ def test_the_file_and_its_counts(tmp_path, pool):
     assert counts["dropped"] == {"no_valid_answer": 1}
     assert counts["dropped_questions"] == {"no_valid_answer": ["q3"]}
     assert counts["rows"] == sum(counts["teachers"].values()) == sum(counts["groups"].values()) == 5
+    assert counts["tokens"] == sum(len(one.text.split()) for one in found) > 5
     assert counts["teachers"] == {"ada": 1, "bob": 3, "cy": 1}
     assert counts["errors"] == {"no_score": 1, "not_finite": 2, "special_only": 1, "too_long": 3}
     assert counts["valid"] + sum(counts["errors"].values()) == counts["considered"] == 18
