@@ -9,9 +9,11 @@ Kept are the newest `keep` and the `keep_best` of lowest held-out KL among the e
 """
 
 import hashlib
+import json
 import secrets
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -163,6 +165,30 @@ def agreed(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
+def by_first(work: Callable[[], Any]) -> Any:
+    """What `work`, which process 0 alone does, returns there, in all processes: anything that JSON has.
+
+    A ValueError or OSError of it is raised in all of them. All have to call.
+    """
+    if jax.process_count() == 1:
+        return work()
+    said, failed = b"", None
+    if jax.process_index() == 0:
+        try:
+            said = json.dumps({"found": work()}).encode()
+        except (ValueError, OSError) as error:
+            failed = error
+            said = json.dumps({"failed": str(error)}).encode()
+    room = np.zeros(agreed(len(said)), np.uint8)
+    room[: len(said)] = np.frombuffer(said, np.uint8)
+    told = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(room)).tobytes())
+    if failed is not None:
+        raise failed
+    if "failed" in told:
+        raise ValueError(told["failed"])
+    return told["found"]
+
+
 def require_same(text: str, what: str) -> None:
     """Raises ValueError that names the processes in which `text` is another than in process 0. All have to call."""
     if jax.process_count() == 1:
@@ -186,12 +212,24 @@ def require_shared(workdir: Path) -> None:
     if jax.process_index() == 0:
         mark.touch()
     multihost_utils.sync_global_devices("the mark is made")
+    try:
+        require_seen(mark.exists, workdir)
+    finally:
+        if jax.process_index() == 0:
+            mark.unlink()
+
+
+def require_seen(there: Callable[[], bool], workdir: Path) -> None:
+    """Until what process 0 wrote in `workdir` is `there` in all processes; some disks take their time.
+
+    Raises ValueError that names the processes in which it is not. All have to call.
+    """
+    if jax.process_count() == 1:
+        return
     end = time.monotonic() + SHARED_SECONDS
-    while not mark.exists() and time.monotonic() < end:
+    while not (found := there()) and time.monotonic() < end:
         time.sleep(0.1)
-    blind = np.flatnonzero(~multihost_utils.process_allgather(np.array(mark.exists()))).tolist()
-    if jax.process_index() == 0:
-        mark.unlink()
+    blind = np.flatnonzero(~multihost_utils.process_allgather(np.array(found))).tolist()
     if blind:
         raise ValueError(
             f"--workdir must be one directory that all processes see, got {str(workdir)!r}, in which process "

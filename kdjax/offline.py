@@ -12,9 +12,10 @@ import jax
 import kdjax
 from kdjax import config as schema
 from kdjax import registry
-from kdjax.build import DTYPES, Built, build_chooser, cache_identity, check_cached, student_speaker
+from kdjax.build import DTYPES, Built, build_chooser, cache_identity, check_cached, scores_text, student_speaker
 from kdjax.curation import params_fingerprint
 from kdjax.curation.served_cache import served_recorder
+from kdjax.curation.served_text import make_text_recorder
 from kdjax.curation.teacher_pass import TeacherPass, make_recorder
 from kdjax.data import Rows
 from kdjax.data.prompts import Prompt
@@ -32,7 +33,7 @@ def teacher_pass(built: Built) -> TeacherPass:
     e, parts = built.experiment, built.parts
     if parts.teacher is None or parts.classes is None or built.teacher is None:
         raise ValueError(
-            "teacher.path must be set, got ''; there is nothing to cache. Name a model, or set served.top_logprobs."
+            "teacher.path must be set, got ''; there is nothing to cache. Name a model, or set served.prompt_logprobs."
         )
     tau = e.loss.tau
     positions = schema.Selection(policy="all")
@@ -51,13 +52,17 @@ def teacher_pass(built: Built) -> TeacherPass:
 
 
 def cache_recorder(built: Built) -> Callable[[Rows], Iterator[RowRecord]]:
-    """recorder(rows) -> a `RowRecord` per row: by the teacher, or from what a server said.
+    """recorder(rows) -> a `RowRecord` per row: by the teacher, or from what a server said or is asked now.
 
     Raises ValueError if the config describes no cache.
     """
-    check_cached(built.experiment, built.parts.chooser)
+    e, entries = built.experiment, built.experiment.classes.entries
+    check_cached(e, built.parts.chooser)
+    if scores_text(e):
+        label_logp = e.cache.label_logp
+        return make_text_recorder(e.served, built.tokenizer, entries, built.vocab_size, label_logp=label_logp)
     if built.text is not None and built.text.speaker is not None:
-        return served_recorder(built.text.said, built.experiment.classes.entries, built.vocab_size)
+        return served_recorder(built.text.said, entries, built.vocab_size)
     return make_recorder(teacher_pass(built), built.teacher_params, built.student_params)
 
 

@@ -1,8 +1,10 @@
-"""How fast it is: python -m launch.bench [--suite=step|phases|kernels|generation] [--rounds=5] [--fraction=0.2]
+"""How fast it is: python -m launch.bench [--suite=step|phases|kernels|generation|answers] [--rounds=5] [--fraction=0.2]
 
 step: one KD step at SmolLM2's shapes and its parts. phases: scoring, caching and training of SE-KD 3X against live
-steps, with real weights and text. generation: reading prompts and making tokens. kernels: every vocabulary kernel at
-shapes of real models, timed here and compiled for the TPUs and GPUs that are not here; a dated CSV is written as well.
+steps, with real weights and text. generation: reading prompts and making tokens. answers: scoring a pool's answers with
+the question shared against one by one, and the exact norm of the head's gradient against mere log-probabilities.
+kernels: every vocabulary kernel at shapes of real models, timed here and compiled for the TPUs and GPUs that are not
+here; a dated CSV is written as well.
 Step and kernels compare with a plain matrix product of the same process, generation with a pass over the weights, in
 turn with it: shared machines drift, ratios within a round do not.
 """
@@ -11,7 +13,7 @@ from absl import flags
 
 from launch import app
 
-flags.DEFINE_enum("suite", "step", ["step", "phases", "kernels", "generation"], "What is measured.")
+flags.DEFINE_enum("suite", "step", ["step", "phases", "kernels", "generation", "answers"], "What is measured.")
 flags.DEFINE_integer("rounds", None, "How often everything is timed: 5, kernels 3.", lower_bound=1)
 
 flags.DEFINE_integer("batch", 4, "step, phases: rows.")
@@ -22,6 +24,10 @@ flags.DEFINE_float("fraction", 1.0, "step: share of positions, by student entrop
 flags.DEFINE_string("teacher", "smollm2-135m", "phases: the teacher, of which the student is cut.")
 flags.DEFINE_float("positions", 1.0, "phases: share of the positions that scoring looks at.")
 flags.DEFINE_float("kept", 0.2, "phases: share of the rows that are kept.")
+
+flags.DEFINE_integer("layers", 24, "answers: layers of the student, of SmolLM2's 30.", lower_bound=1)
+flags.DEFINE_integer("answers", 8, "answers: to a question.", lower_bound=1)
+flags.DEFINE_list("lengths", ["64", "128"], "answers: tokens of question and answer.")
 
 flags.DEFINE_list("op", [], "kernels: ops, such as linear_divergence, or only linear_divergence+grad; all.")
 flags.DEFINE_list("shape", ["smollm2", "qwen2.5_self"], "kernels: models to time, of kdjax/kernels/shapes.py.")
@@ -47,6 +53,10 @@ def main() -> None:
         from launch import bench_generation
 
         bench_generation.run(rounds or 5)
+    elif flags.FLAGS.suite == "answers":
+        from launch import bench_answers
+
+        bench_answers.run(rounds or 5)
     else:
         from launch import bench_kernels
 

@@ -3,8 +3,11 @@
 Writes the entries that classes.* describes, at the rows that samples.* keeps, to <workdir>/cache or cache.path. Can be
 stopped and started again at any time. Several processes can share the work: with a mesh over the devices of all
 (launch/processes.py), or each with a teacher of its own and at its own time (--process_index, --process_count).
-With served.top_logprobs and prompts.answers=<the --out of launch.generate --model=served> no teacher runs: the entries
-are what the server listed at the tokens of these answers.
+With a served teacher none runs here. served.prompt_logprobs=K: the training text, whatever it is, is sent to
+served.base_url (vLLM) as token ids, and the entries are of the K tokens that it lists at each place. What a kill or a
+server at fault costs is the shard under way (cache.rows_per_shard); the rest is not asked for again.
+served.top_logprobs, with prompts.answers=<the --out of launch.generate --model=served>: the entries are what the server
+listed at the tokens of these answers as it gave them.
 --inspect=runs/x/cache [--verify=100]: what a cache holds and takes; with --verify all its bytes are checked, and that
 many rows are run through the teacher again and compared.
 """
@@ -60,9 +63,12 @@ def main() -> int | None:
         )
 
     from kdjax import loop
-    from kdjax.build import build, cache_path
+    from kdjax.build import build, cache_path, scores_text
+    from kdjax.generation import served
     from kdjax.offline import open_writer
 
+    if scores_text(experiment):
+        served.check(experiment.served)
     loop.claim_workdir(workdir, experiment)
     built = build(experiment, workdir, live_teacher=True)
     rows = built.data.train if experiment.samples.rescore_every else built.train
@@ -76,6 +82,7 @@ def main() -> int | None:
 
 def fill(built: "Built", rows: "Rows", writer: "CacheWriter") -> None:
     """Write the shards of this process that are missing, with progress; say what they took."""
+    from kdjax.build import scores_text
     from kdjax.curation.teacher_pass import write_shards
     from kdjax.offline import cache_recorder
     from kdjax.run_log import Progress
@@ -88,6 +95,8 @@ def fill(built: "Built", rows: "Rows", writer: "CacheWriter") -> None:
         return
     if len(shards) < len(own):
         processes.say(f"{writer.directory}: {len(own) - len(shards)} of {len(own)} shards are there, the rest follows")
+    if scores_text(built.experiment):
+        shards = mine  # a server is asked once, by the process that writes the shard
     total = sum(len(writer.rows(shard)) for shard in shards)
     recorder = cache_recorder(built)
     progress, start, done, tokens = Progress(total, unit="row"), time.perf_counter(), 0, 0
@@ -198,7 +207,7 @@ def compare(reader: "CacheReader", wanted: int) -> int:
     import ml_collections
     import numpy as np
 
-    from kdjax.build import build, cache_identity
+    from kdjax.build import build, cache_identity, scores_text
     from kdjax.config import from_config_dict
     from kdjax.curation.teacher_pass import rows_of_a_group
     from kdjax.data import eligible, take
@@ -210,6 +219,9 @@ def compare(reader: "CacheReader", wanted: int) -> int:
     different = differences(reader.header, cache_identity(built))
     if different:
         raise ValueError(f"{reader.directory} must be of this teacher and config: {'; '.join(different)}.")
+    if scores_text(built.experiment):
+        processes.say("no row is run again: the server would be paid anew, and its numbers differ a little each time")
+        return 0
     recorder = cache_recorder(built)
     size = rows_of_a_group(reader.header.seq_len) * built.rules.batch_shards
     groups = _groups(reader, size)

@@ -67,7 +67,7 @@ def main() -> None:
     workdir, wanted = Path(app.require("workdir")), experiment.samples
     if experiment.prompts.answers == "pool":
         curate_answers.choose_answers(experiment, workdir, flags.FLAGS.yardstick)
-        print(f"next: {shlex.join(['python', '-m', 'launch.train', *_shared(sys.argv[1:])])}")
+        processes.say(f"next: {shlex.join(['python', '-m', 'launch.train', *_shared(sys.argv[1:])])}")
     if experiment.prompts.answers == "pool" and experiment.pass_rates.weight == "uniform":
         return
     if experiment.prompts.path:

@@ -11,6 +11,7 @@ from launch import processes
 if TYPE_CHECKING:
     from kdjax.build import Built
     from kdjax.config import Experiment
+    from kdjax.curation.answers.best_teacher import Rated
     from kdjax.run.answers import AnswerChoice, Choice
 
 MOST = 20  # teachers in the table
@@ -19,6 +20,8 @@ MOST = 20  # teachers in the table
 def choose_answers(e: "Experiment", workdir: Path, yardstick: int = 0) -> None:
     """The untrained student chooses: files in <workdir>/answers, a summary, a page."""
     processes.join()
+    if yardstick and processes.several():
+        raise ValueError(f"--yardstick must be 0 in a run of several processes, got {yardstick}. Start one for it.")
 
     from kdjax import loop, offline
     from kdjax.build import build
@@ -29,6 +32,8 @@ def choose_answers(e: "Experiment", workdir: Path, yardstick: int = 0) -> None:
     built = build(offline.to_answer(e))
     choice = AnswerChoice(built, workdir)
     made = choice(built.student_params)
+    if not processes.first():
+        return
     show(e, choice.admitted.counts, made)
     print(f"page: {write_report(built, workdir)}")
     if yardstick:
@@ -41,12 +46,16 @@ def show(e: "Experiment", pool: Mapping[str, Any], made: "Choice") -> None:
     counts, reasons = made.counts, pool["reasons"]
     left_out = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in reasons.items() if name and count)
     print(f"pool: {pool['rows']:,} rows, {reasons['']:,} admitted" + (f"; left out: {left_out}" if left_out else ""))
-    print(f"{'teacher':<24}{'rows':>9}{'admitted':>10}{'selected':>10}")
-    for name, of in list(pool["teachers"].items())[:MOST]:
-        rows = sum(of.values())
-        print(f"{name[:23]:<24}{rows:>9,}{of['']:>10,}{counts['teachers'].get(name, 0):>10,}")
+    scores = {} if made.rated is None else made.rated.scores
+    head = f"{e.answers.score:>18}" if scores else ""
+    print(f"{'teacher':<24}{'rows':>9}{'admitted':>10}{'selected':>10}{head}")
+    for name in list(scores or pool["teachers"])[:MOST]:
+        of, cell = pool["teachers"][name], f"{scores[name]:>18.5g}" if name in scores else ""
+        print(f"{name[:23]:<24}{sum(of.values()):>9,}{of['']:>10,}{counts['teachers'].get(name, 0):>10,}{cell}")
     if len(pool["teachers"]) > MOST:
         print(f"and {len(pool['teachers']) - MOST} more teachers")
+    if made.rated is not None:
+        print(rated_on(made.rated, e))
     if counts["means_of_groups"]:
         print(f"{'group':<8}{'answers':>9}{e.answers.score:>18}{'NLL':>8}{'tokens':>8}   means; 1 is preferred")
         for group, of in counts["means_of_groups"].items():
@@ -59,12 +68,29 @@ def show(e: "Experiment", pool: Mapping[str, Any], made: "Choice") -> None:
     print(
         f"selected: {counts['rows']:,} answers to {counts['selected']:,} of {counts['questions']:,} questions{forced}"
     )
+    if family := counts.get("same_family"):
+        chosen, usable = family["selected"] / counts["rows"], family["admitted"] / counts["admitted"]
+        print(f"of the student's family: {chosen:.1%} of the selected answers, {usable:.1%} of the admitted ones")
     if made.file is not None:
         steps = made.places / (3 * e.train.batch_size * e.data.seq_len)
         print(
             f"scored now: {made.scored:,} answers, {made.places:,} tokens with padding in {made.seconds:.1f} s; "
             f"as much arithmetic as {steps:.1f} of the {e.train.steps} training steps"
         )
+
+
+def rated_on(rated: "Rated", e: "Experiment") -> str:
+    """On which questions teachers were rated, and what gradients took."""
+    asked, common = len(rated.questions), rated.common
+    which = f"of the {common:,} that all teachers have answered" if common > 1 else "not the same for all teachers"
+    said = f"teachers were rated on {asked:,} questions, {which}; the best comes first"
+    if rated.gradients:
+        steps = rated.places / (e.train.batch_size * e.data.seq_len)
+        said += (
+            f"\ngradients now: {rated.gradients:,} answers, {rated.places:,} tokens with padding in "
+            f"{rated.seconds:.1f} s; as much arithmetic as {steps:.1f} of the {e.train.steps} training steps"
+        )
+    return said
 
 
 def measure(built: "Built", choice: "AnswerChoice", workdir: Path, questions: int) -> None:

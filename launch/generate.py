@@ -71,8 +71,7 @@ def who(e: "Experiment", prompts: list["Prompt"]) -> tuple["Source", dict[str, A
 
         source = of_server(prompts, e.served, e.generation, e.data)
         depends = identity(f"served: {e.served.model}", "", prompts, e.generation, e.data)
-        asked = {name: getattr(e.served, name) for name in ("top_logprobs", "prompt_logprobs")}
-        return source, depends | asked, e.served.model
+        return source, depends | {"top_logprobs": e.served.top_logprobs}, e.served.model
 
     if flags.FLAGS.model == "scripted":
         from kdjax.generation.generate import identity, of_script

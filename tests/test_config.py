@@ -196,6 +196,7 @@ RULES = [
     ("answers.question_share", 1.5, "must be in [0, 1]", [0.0, 1.0]),
     ("answers.groups", 0, COUNT, [1]),
     ("answers.group", 0, COUNT, [5]),
+    ("answers.teacher_questions", 1, "must be at least 2", [2]),
     ("answers.small_pool", "drop", "must be 'nearest' or 'official'", ["nearest", "official"]),
     ("answers.alignment", "next", "must be 'token' or 'predictor'", ["token", "predictor"]),
     ("answers.trailing", "cut", "must be 'drop' or 'keep'", ["drop", "keep"]),
@@ -321,6 +322,10 @@ def test_prompts_and_what_needs_them(fields, message):
     [
         ({"answers__group": 6}, "answers.group must be at most answers.groups=5, got 6."),
         ({"answers__pool": ()}, "answers.pool must name files of answers with prompts.answers='pool', got ();"),
+        (
+            {"answers__policy": "best_teacher", "answers__candidates": 3},
+            "answers.candidates must be 0 with answers.policy='best_teacher', got 3;",
+        ),
         ({"answers__policy": "teacher"}, "answers.teacher must be set with answers.policy='teacher', got ''."),
         (
             {"answers__rescore_every": 5, "answers__policy": "random"},
@@ -337,6 +342,7 @@ def test_prompts_and_what_needs_them(fields, message):
 def test_answers_are_chosen_from_a_pool(fields, message):
     pool = {"prompts__path": "arith", "prompts__answers": "pool", "answers__pool": ("a.jsonl",)}
     assert made(**pool, answers__rescore_every=5, answers__restart="weights").answers.pool == ("a.jsonl",)
+    assert made(**pool, answers__rescore_every=5, answers__policy="best_teacher").answers.candidates == 0
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         made(**(pool | fields))
 
@@ -372,12 +378,12 @@ def test_the_fingerprint_sees_what_shapes_the_run_and_nothing_else(path):
     def replaced(node, parts):
         first, *rest = parts
         value = getattr(node, first)
-        changed = replaced(value, rest) if rest else ("x",) if first in ("stop", "pool") else other(value)
+        changed = replaced(value, rest) if rest else ("x",) if first in ("stop", "pool", "families") else other(value)
         return dataclasses.replace(node, **{first: changed})
 
     same = fingerprint(replaced(Experiment(), path.split("."))) == fingerprint(Experiment())
     free = path.split(".")[0] in ("name", "log", "eval", "checkpoint", "mesh", "cache", "served")
-    place = ("teacher.preset", "teacher.devices", "teacher.shape")
+    place = ("teacher.preset", "teacher.devices", "teacher.shape", "answers.families")
     assert same == ((free and path != "cache.superset") or path in place)
 
 

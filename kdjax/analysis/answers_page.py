@@ -50,8 +50,9 @@ class Round:
     step: of training, at which the student chose. questions: of the pool, with an answer or dropped. teachers: name ->
     answers selected. dropped: reason -> questions. forced: questions with one answer alone. overlap: name of another
     selection -> mean over questions of |same answers| / |answers of either|, in [0, 1]. score, answer_nll: means over
-    the selected answers. same_family: share of them from teachers of the student's family. Seconds and FLOPs: of
-    scoring for this choice, and of the training on it.
+    the selected answers. same_family: share of them from teachers of the student's family; usable_of_family: admitted
+    answers of these. Seconds and FLOPs: of scoring for this choice, and of the training on it. teacher_scores: where
+    one teacher is chosen; None = it has none.
     """
 
     step: int
@@ -64,6 +65,7 @@ class Round:
     score: float = math.nan
     answer_nll: float = math.nan
     same_family: float = math.nan
+    usable_of_family: int | None = None
     answers_scored: int = 0
     tokens_scored: int = 0
     tokens_trained: int = 0
@@ -71,6 +73,7 @@ class Round:
     training_seconds: float = math.nan
     scoring_flops: float = math.nan
     training_flops: float = math.nan
+    teacher_scores: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
 
     @property
     def selected(self) -> int:
@@ -82,6 +85,8 @@ def round_of(counts: Mapping[str, Any], *, step: int, **rest: Any) -> Round:
     """A round by the counts in the manifest of selected.jsonl. rest: the fields that are not among them."""
     groups = [CostGroup(int(group), **means) for group, means in counts["means_of_groups"].items()]
     named = {name: counts[name] for name in ("questions", "teachers", "dropped", "forced")}
+    if family := counts.get("same_family"):
+        named |= {"same_family": family["selected"] / counts["rows"], "usable_of_family": family["admitted"]}
     return Round(step=step, groups=groups, **named, **rest)
 
 
@@ -229,14 +234,20 @@ def _teachers(rounds: Sequence[Round], pool: Mapping[str, Mapping[str, int]]) ->
     names = dict.fromkeys([*pool, *(teacher for each in rounds for teacher in each.teachers)])
     last = rounds[-1] if rounds else None
     order = sorted(names, key=lambda t: (-(last.teachers.get(t, 0) if last else 0), t))
+    scored = [(at, each.teacher_scores) for at, each in enumerate(rounds, 1) if each.teacher_scores]
     heads = ["Teacher", *(["Right and usable"] if pool else []), *_heads(rounds, "%")]
+    heads += [f"Score in round {at}" for at, _ in scored]
     rows = []
     for teacher in order:
         usable = [f"{pool.get(teacher, {}).get('', 0):,}"] if pool else []
-        rows.append([teacher, *usable, *(_percent(_share(each, teacher)) for each in rounds)])
+        scores = (of.get(teacher) for _, of in scored)
+        rated = (DASH if score is None else number(score) for score in scores)
+        rows.append([teacher, *usable, *(_percent(_share(each, teacher)) for each in rounds), *rated])
     if any(math.isfinite(each.same_family) for each in rounds):
-        blank = [""] if pool else []
-        rows.append(["of the student's family", *blank, *(_percent(each.same_family) for each in rounds)])
+        known = next((each.usable_of_family for each in reversed(rounds) if each.usable_of_family is not None), None)
+        usable = ["" if known is None else f"{known:,}"] if pool else []
+        shares = (_percent(each.same_family) for each in rounds)
+        rows.append(["of the student's family", *usable, *shares, *([""] * len(scored))])
     return _table(heads, rows) if rows and rounds else ""
 
 

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 from kdjax import config as schema
 from kdjax import models, registry
 from kdjax.build.asked import Asked, TrainingText, reselected, training_text
-from kdjax.build.checks import check_cached, check_ids, check_paths, check_rows, check_tokenizers, is_served
+from kdjax.build.checks import (
+    check_cached,
+    check_ids,
+    check_paths,
+    check_rows,
+    check_tokenizers,
+    is_served,
+    scores_text,
+)
 from kdjax.build.parts import (
     DTYPES,
     build_chooser,
@@ -55,6 +63,7 @@ __all__ = [
     "load_experiment",
     "reselected",
     "samples_basis",
+    "scores_text",
     "student_speaker",
 ]
 

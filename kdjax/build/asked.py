@@ -8,13 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from kdjax.build.checks import check_served, is_served
+from kdjax.build.checks import check_served, is_served, said_answers
 from kdjax.config import Experiment
 from kdjax.curation.answers.selected import NAME, read_selected
 from kdjax.curation.batches import choose_rows, easiest_first
 from kdjax.curation.paced import load_weights, training_weights
 from kdjax.curation.pass_rates import PassRates, load_pass_rates
-from kdjax.curation.served_cache import Said, check_answers, check_cuts, digest, first_difference, make_listener
+from kdjax.curation.served_cache import (
+    SERVED,
+    Said,
+    check_answers,
+    check_cuts,
+    digest,
+    first_difference,
+    make_listener,
+)
 from kdjax.data import LoadedData, Rows
 from kdjax.data.prompts import Prompt, fingerprint, load_prompts, messages, split_prompts
 from kdjax.data.responses import Answered, answer_rows, end_of_answer, prompt_ids, room_for_teacher
@@ -96,8 +104,8 @@ class TrainingText:
     """What is trained on: with prompts.answers `data.train` has these answers, else the rows of the corpus.
 
     asked: the prompts, None if no answers are trained on. teacher: columns of `types.TeacherText` by row_id, {} = the
-    teacher reads the rows. choose: (batch number) -> its rows; None = all in turn. said, speaker: what a server said of
-    the rows, by row_id, and who that is, for a cache of it.
+    teacher reads the rows. choose: (batch number) -> its rows; None = all in turn. speaker: for the cache of a served
+    teacher who that is. said: what it said of its own answers, by row_id; {} = it is asked.
     """
 
     data: LoadedData
@@ -113,16 +121,16 @@ def training_text(e: Experiment, data: LoadedData, tokenizer: Any, workdir: Path
     said, speaker = dict[int, Said](), None
     if is_served(e):
         check_served(e)
-        speaker = check_answers(e)
+        speaker = check_answers(e) if said_answers(e) else SERVED + e.served.model
     if not e.prompts.answers and e.on_policy.fraction == 0:
-        return TrainingText(data)
+        return TrainingText(data, speaker=speaker)
     asked = load_asked(e, tokenizer, workdir)
     rows, text, choose = data.train, dict[str, np.ndarray](), None
     if e.prompts.answers:
         rows, text, numbers, said = rows_of_answers(e, asked, tokenizer, answers_of(e, workdir))
         choose = asked.choice(e, numbers, e.train.steps)
-    if speaker is not None:
-        speaker += f", {digest(said)}"
+    if said_answers(e):
+        speaker = f"{speaker}, {digest(said)}"
     key = hashlib.sha256(f"{data.fingerprint} {asked.fingerprint} {asked.weight.tobytes().hex()}".encode())
     key.update(rows.row_hash.astype("<u8").tobytes())
     train = dataclasses.replace(data, train=rows, fingerprint=key.hexdigest())
@@ -184,7 +192,7 @@ def _heard(
     e: Experiment, rollouts: Iterable[Rollout], tokenizer: Any
 ) -> Iterator[tuple[Rollout, list[int], Said | None]]:
     """Each rollout, its ids, and for a cache of log-probabilities what the server said, whose cut the ids are then."""
-    listen = make_listener(tokenizer) if is_served(e) else None
+    listen = make_listener(tokenizer) if said_answers(e) else None
     count, strange = 0, []
     for rollout in rollouts:
         ids, heard = _plain_ids(tokenizer, rollout.response), listen(rollout) if listen else None

@@ -89,22 +89,40 @@ def check_cached(e: Experiment, chooser: Chooser) -> None:
 
 
 def is_served(e: Experiment) -> bool:
-    """Whether the cache is of what a server said of its answers, by `launch.generate`; no teacher is loaded."""
+    """Whether the cache is of what a server said: of its own answers, or of the text. No teacher is loaded."""
+    return said_answers(e) or scores_text(e)
+
+
+def said_answers(e: Experiment) -> bool:
+    """Whether the cache is of what a server said of its answers when it gave them, by `launch.generate`."""
     return e.teacher.source == "cache" and e.served.top_logprobs > 0
+
+
+def scores_text(e: Experiment) -> bool:
+    """Whether the cache is of what a server says of the training text, which `launch.cache_teacher` asks."""
+    return e.teacher.source == "cache" and e.served.prompt_logprobs > 0
 
 
 def check_served(e: Experiment) -> None:
     """What a server lists can fill the cache of this experiment. Raises ValueError that says what it does not know."""
-    listed, answers = e.served.top_logprobs, e.prompts.answers
+    if said_answers(e) and scores_text(e):
+        raise ValueError(
+            f"served.prompt_logprobs must be 0 with served.top_logprobs={e.served.top_logprobs}, got "
+            f"{e.served.prompt_logprobs}; a cache is of what the server said of its answers as it gave them "
+            "(top_logprobs), or of what it says of the text when launch.cache_teacher asks (prompt_logprobs). Set one."
+        )
+    way, listed, answers = "top_logprobs", e.served.top_logprobs, e.prompts.answers
     top = ("renormalised", "ghost_tail", "zero_tail")
     unknown = "no server says what it is of the tokens that it does not list"
-    rules = {
-        "prompts.answers": (
-            answers,
-            answers not in ("", "gold", "pool"),
-            "a directory of launch.generate",
-            "it has them",
-        ),
+    own_answers = answers not in ("", "gold", "pool")
+    rules: dict[str, tuple[object, bool, str, str]] = {
+        "prompts.answers": (answers, own_answers, "a directory of launch.generate", "it has them"),
+        "cache.label_logp": (e.cache.label_logp, not e.cache.label_logp, "False", "an answer's end may have none"),
+    }
+    if scores_text(e):
+        way, listed, name = "prompt_logprobs", e.served.prompt_logprobs, e.served.model
+        rules = {"served.model": (name, bool(name), "the model's name there", "it tells caches apart")}
+    rules |= {
         "classes.kind": (
             e.classes.kind,
             e.classes.kind in top,
@@ -114,13 +132,12 @@ def check_served(e: Experiment) -> None:
         "classes.entries": (e.classes.entries, e.classes.entries <= listed, f"at most {listed}", "no more are listed"),
         "loss.tau": (e.loss.tau, e.loss.tau == 1, "1.0", "a server says them at temperature 1"),
         "cache.entropy": (e.cache.entropy, not e.cache.entropy, "False", unknown),
-        "cache.label_logp": (e.cache.label_logp, not e.cache.label_logp, "False", "an answer's end may have none"),
     }
     for name, (value, good, rule, why) in rules.items():
         if not good:
             raise ValueError(
                 f"{name} must be {rule} with the log-probabilities of a server, got {value!r}; {why}. Set it so, or "
-                "served.top_logprobs to 0 for a teacher that is loaded."
+                f"served.{way} to 0 for a teacher that is loaded."
             )
 
 

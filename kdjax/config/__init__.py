@@ -98,14 +98,16 @@ def from_config_dict(config: ml_collections.ConfigDict) -> Experiment:
 def trajectory(config: dict[str, Any]) -> dict[str, Any]:
     """What of a config, as nested dicts, shapes the training trajectory.
 
-    Left out: name, log, eval, checkpoint cadence, the mesh and the teacher's place on it, and where and how a cache is
-    kept, so that a run can be resumed on other hardware and with a cache that was moved.
+    Left out: name, log, eval, checkpoint cadence, the mesh and the teacher's place on it, where and how a cache is
+    kept, and whose share of the answers is reported, so that a run can be resumed on other hardware and with a cache
+    that was moved.
     """
     free = ("name", "log", "eval", "checkpoint", "mesh", "served")
     kept = {name: value for name, value in config.items() if name not in free}
     place = ("preset", "devices", "shape")
     teacher = {name: value for name, value in kept.get("teacher", {}).items() if name not in place}
-    return kept | {"teacher": teacher, "cache": {"superset": kept.get("cache", {}).get("superset")}}
+    answers = {name: value for name, value in kept.get("answers", {}).items() if name != "families"}
+    return kept | {"teacher": teacher, "answers": answers, "cache": {"superset": kept.get("cache", {}).get("superset")}}
 
 
 def fingerprint(experiment: Experiment) -> str:

@@ -93,6 +93,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "answers.question_share": (lambda v: 0 <= v <= 1, "in [0, 1]", "it is the lambda of SCAS"),
     "answers.groups": _COUNT,
     "answers.group": _COUNT,
+    "answers.teacher_questions": (*_at_least(2), "some are compared with the others"),
     "answers.small_pool": (*_one_of("nearest", "official"), "see Answers"),
     "answers.alignment": (*_one_of("token", "predictor"), "see Answers"),
     "answers.trailing": (*_one_of("drop", "keep"), "see Answers"),
@@ -229,11 +230,16 @@ def _check_answers(e: Experiment) -> None:
         )
     if a.policy == "teacher" and not a.teacher:
         raise ValueError("answers.teacher must be set with answers.policy='teacher', got ''. Name one of the pool.")
-    if a.rescore_every and (e.prompts.answers != "pool" or a.policy not in ("group", "best")):
+    if a.rescore_every and (e.prompts.answers != "pool" or a.policy not in ("group", "best", "best_teacher")):
         raise ValueError(
             "answers.rescore_every must be 0 unless answers are chosen from a pool by their score, got "
             f"{a.rescore_every} with prompts.answers={e.prompts.answers!r} and answers.policy={a.policy!r}. Set "
             "it to 0."
+        )
+    if a.policy == "best_teacher" and a.candidates:
+        raise ValueError(
+            f"answers.candidates must be 0 with answers.policy='best_teacher', got {a.candidates}; teachers are rated "
+            "on all their answers to the same questions. Set it to 0."
         )
     if a.rescore_every and e.teacher.source == "cache":
         raise ValueError(

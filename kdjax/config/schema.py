@@ -170,12 +170,15 @@ class Answers:
     """Which teacher's verified answer to a question is trained on, with prompts.answers "pool" (`curation/answers`)."""
 
     pool: tuple[str, ...] = ()  # *.jsonl of a teacher or with a "teacher" column | directories of these, of rollouts
-    policy: str = "group"  # group | best | random | all | shortest | longest | strongest | teacher | mix
-    score: str = "scas"  # group, best: what an answer costs the student, see curation/answers/scores.py
+    policy: str = "group"  # group | best | random | all | shortest | longest | strongest | teacher | best_teacher | mix
+    # group, best: what an answer costs the student (curation/answers/scores.py) | best_teacher: teacher_scores.py there
+    score: str = "scas"
     question_share: float = 0.5  # scas: lambda, the weight of the answer's part with the question
     groups: int = 5  # of cost, a question's answers are split into
     group: int = 1  # group: which of them an answer is drawn from, 1 = of the lowest cost
     teacher: str = ""  # teacher: whose answers
+    teacher_questions: int = 200  # best_teacher: for scores that need gradients, of so many questions at most
+    families: tuple[str, ...] = ()  # teachers of the student's family, how their names begin; their share is reported
     small_pool: str = "nearest"  # fewer answers than groups: nearest: the first that has one | official: no answer
     tap: str = ""  # scas: the activations; "" = of the last block's up-projection
     alignment: str = "token"  # scas: of activations: token: where it is read | predictor: where it is predicted
@@ -202,10 +205,8 @@ class Served:
     concurrency: int = 8  # requests under way
     timeout: float = 60.0  # seconds that one request may take
     retries: int = 5  # per prompt, with growing pauses
-    top_logprobs: int = (
-        0  # log-probabilities of so many tokens a position, if the server gives them; a cache can be of them
-    )
-    prompt_logprobs: int = 0  # the same for the positions of the prompt, which vLLM gives; others refuse the field
+    top_logprobs: int = 0  # of its own answers: so many tokens' log-probabilities a position; a cache can be of them
+    prompt_logprobs: int = 0  # or launch.cache_teacher asks for so many of the training text, which vLLM gives
 
 
 @dataclasses.dataclass(frozen=True)

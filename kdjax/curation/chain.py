@@ -114,7 +114,8 @@ def basis_of(depends: Mapping[str, Any], prompts: Sequence[Prompt], default_veri
 
 def _code(judges: Iterable[verifiers.Verifier]) -> str:
     """sha256 hex of the source of kdjax/verifiers and of others that are used: versions are not mixed."""
-    files = {*Path(inspect.getfile(verifiers)).parent.glob("*.py"), *(Path(inspect.getfile(judge)) for judge in judges)}
+    own = (Path(inspect.getfile(inspect.unwrap(judge))) for judge in judges)
+    files = {*Path(inspect.getfile(verifiers)).parent.glob("*.py"), *own}
     digests = sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 

@@ -1,6 +1,7 @@
 """The teacher's cache from what a server said: the likeliest tokens at each token of its own answers. No model runs.
 
-launch.generate --model=served with served.top_logprobs writes them beside every answer (`generation/logprobs.py`).
+launch.generate --model=served with served.top_logprobs writes them beside every answer (`generation/logprobs.py`); of
+any other text a server can be asked itself (`served_text.py`).
 A row has the server's own cut of the answer into tokens. A position is stored where all tokens of the answer before it
 are the server's, and where at least classes.entries of the listed ones are known here: what else was chosen there does
 not matter, so the end of the answer is stored too if the server says anything of it. The entropy is not known.
@@ -143,32 +144,48 @@ def served_recorder(said: Mapping[int, Said], entries: int, vocab_size: int) -> 
             places, row = np.flatnonzero(allowed), int(rows.row_id[at])
             ids, probs = np.zeros((len(allowed), entries), np.int32), np.zeros((len(allowed), entries), np.float32)
             if row in said:
-                found = _likeliest(said[row], rows.tokens[at, places + 1], entries, vocab_size, row)
-                ids[places[: len(found[0])]], probs[places[: len(found[0])]] = found
-            codes = np.asarray(encode(jnp.log(jnp.asarray(probs))))  # of one shape for all rows
-            stored = np.flatnonzero((probs > 0).all(1))
-            yield RowRecord(ids[stored], codes[stored], len(places), places=stored.astype(np.int32))
+                heard, count = said[row], _first_alike(said[row].chosen, rows.tokens[at, places + 1])
+                found = likeliest(heard.ids[:count], heard.probs[:count], entries, vocab_size, row)
+                ids[places[:count]], probs[places[:count]] = found
+            yield row_record(ids, probs, allowed)
 
     return recorder
 
 
-def _likeliest(
-    said: Said, answer: np.ndarray, entries: int, vocab_size: int, row: int
+def likeliest(
+    ids: np.ndarray, probs: np.ndarray, entries: int, vocab_size: int, row: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """ids, probs [m, entries] at the first m positions of the answer, those with the server's text before them."""
-    length = min(len(answer), len(said.chosen))
-    alike = np.cumprod(said.chosen[:length] == answer[:length]).sum()
-    count = min(len(answer), len(said.chosen), int(alike) + 1)
-    probs = np.where(said.ids[:count] < vocab_size, said.probs[:count], 0)
+    """ids, probs [m, entries] of the likeliest that are below `vocab_size`, of those that a server listed [m, K].
+
+    Raises ValueError that names the row where the listed probabilities exceed 1.
+    """
+    probs = np.where(ids < vocab_size, probs, 0)
     if (probs.sum(1) > MOST).any():
         raise ValueError(
-            f"served.top_logprobs must list log-probabilities in nats, got {probs.sum(1).max():.3g} as the sum of the "
+            f"served.base_url must list log-probabilities in nats, got {probs.sum(1).max():.3g} as the sum of the "
             f"probabilities at a position of row {row}. Ask another server, or train on the answers alone."
         )
     best = np.argsort(-probs, axis=1, kind="stable")[:, :entries]
     missing = ((0, 0), (0, entries - best.shape[1]))
-    ids, probs = (np.pad(np.take_along_axis(a, best, 1), missing) for a in (said.ids[:count], probs))
+    ids, probs = (np.pad(np.take_along_axis(a, best, 1), missing) for a in (ids, probs))
     return ids, probs
+
+
+def row_record(
+    ids: np.ndarray, probs: np.ndarray, allowed: np.ndarray, label_logp: np.ndarray | None = None
+) -> RowRecord:
+    """What is stored of a row of T places: ids, probs [T, K], label_logp [T] where `allowed` [T] and all K known."""
+    codes = np.asarray(encode(jnp.log(jnp.asarray(probs))))  # of one shape for all rows
+    at = np.flatnonzero((probs > 0).all(1) & allowed)
+    logp = None if label_logp is None else label_logp[at]
+    return RowRecord(ids[at], codes[at], int(allowed.sum()), label_logp=logp, places=at.astype(np.int32))
+
+
+def _first_alike(chosen: np.ndarray, answer: np.ndarray) -> int:
+    """How many positions of the answer, from its start, have the server's own text before them."""
+    length = min(len(answer), len(chosen))
+    alike = np.cumprod(chosen[:length] == answer[:length]).sum()
+    return min(length, int(alike) + 1)
 
 
 def _bytes(token: str | Sequence[int]) -> bytes:

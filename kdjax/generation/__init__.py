@@ -4,7 +4,7 @@ sampling.py   which token comes next: temperature, top-k, top-p, min-p
 sampler.py    prompts and keys in, tokens and log-probabilities out, compiled
 batching.py   many prompts of all lengths in, texts out as they finish
 store.py      answers on disk
-served.py     answers of an OpenAI-compatible endpoint
+served.py     answers of an OpenAI-compatible endpoint, and what it says of texts that are given
 logprobs.py   what such an endpoint says of its distribution, and sparse targets from it
 generate.py   prompts in, whoever answers, files out
 """

@@ -1,16 +1,16 @@
 """Log-probabilities as servers give them, and as sparse targets of a loss.
 
-Fields of a line of rollouts.jsonl, in nats, if served.top_logprobs or served.prompt_logprobs asks for them and the
-server gives them:
-  chosen      per token of the answer [token, logp]
-  top         per token of the answer [[token, logp], ...], the most likely ones
-  prompt_top  per token of the prompt null or [[id, logp], ...] (vLLM); the first has none
-A token is its id if the server says it, which vLLM is asked for with served.prompt_logprobs; else its text, or the list
-of its bytes where these are no text by themselves.
+Fields of a line of rollouts.jsonl, in nats, if served.top_logprobs asks for them and the server gives them:
+  chosen  per token of the answer [token, logp]
+  top     per token of the answer [[token, logp], ...], the most likely ones
+A token is its id if the server says it (vLLM with --return-tokens-as-token-ids); else its text, or the list of its
+bytes where these are no text by themselves. What a server says of a text that is given, always by ids, is in no such
+file: `TextScores`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -23,6 +23,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FLOOR = -80.0  # nats; far below is 0 in float32, which stands for no entry
+
+
+@dataclasses.dataclass(frozen=True)
+class TextScores:
+    """What a server said of a given text of n tokens: n - 1 of each, of the tokens 1, 2, ... after those before them.
+
+    top: [[id, logp or None], ...], the likeliest and the token itself, in any order. own: the logp of the token itself.
+    writes: what the server's tokenizer writes for that token; None if it does not say.
+    """
+
+    top: tuple[list[list[Any]], ...]
+    own: tuple[float | None, ...]
+    writes: tuple[str | None, ...]
 
 
 def of_choice(found: Any, chat: bool) -> tuple[tuple[Any, ...] | None, tuple[Any, ...] | None]:
@@ -46,14 +59,28 @@ def of_choice(found: Any, chat: bool) -> tuple[tuple[Any, ...] | None, tuple[Any
     return (tuple(chosen) or None), (tuple(top) if any(top) else None)
 
 
-def of_prompt(found: Any) -> tuple[Any, ...] | None:
-    """vLLM's {id: {"logprob": ...}} per token of the prompt."""
-    if not found:
-        return None
-    return tuple(
-        None if entry is None else [[int(token), _number(said["logprob"])] for token, said in entry.items()]
-        for entry in found
-    )
+def of_text(found: Any, ids: Sequence[int]) -> TextScores:
+    """Of vLLM's "prompt_logprobs": null, then per token of `ids` {id: {"logprob": ..., "decoded_token": ...}}.
+
+    Raises ValueError that says what is missing; an entry without the id that was sent there is of another text.
+    """
+    if not isinstance(found, list):
+        raise ValueError(f"got {found!r:.80}; the server gives none. vLLM does")
+    if len(found) != len(ids):
+        raise ValueError(f"{len(found)} entries for {len(ids)} tokens")
+    top, own, writes = [], [], []
+    for at, (sent, entry) in enumerate(zip(ids[1:], found[1:], strict=True), 1):
+        try:
+            top.append([[int(token), _number(said["logprob"])] for token, said in entry.items()])
+            itself = entry.get(str(sent))
+            text = itself.get("decoded_token") if itself else None
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"entry {at} is {entry!r:.80}") from error
+        if itself is None:
+            raise ValueError(f"entry {at} lacks the id {sent} that was sent; data.tokenizer must be the served model's")
+        own.append(_number(itself["logprob"]))
+        writes.append(text if isinstance(text, str) else None)
+    return TextScores(tuple(top), tuple(own), tuple(writes))
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, int]:
@@ -71,7 +98,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
 
 
 def sparse_targets(entries: Sequence[Any], table: Mapping[bytes, int]) -> tuple[np.ndarray, np.ndarray]:
-    """(ids int32 [T, K], probs float32 [T, K], 0 = empty) of `Rollout.top` or `prompt_top`, as in SparseTargets.
+    """(ids int32 [T, K], probs float32 [T, K], 0 = empty) of `Rollout.top` or `TextScores.top`, as in SparseTargets.
 
     table: `token_ids` of the student's tokenizer, which must be the server's. An entry without a token in it is left
     out, as is one without a log-probability; the mass that is missing from 1 is the tail. No entry is below e^FLOOR.

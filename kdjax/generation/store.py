@@ -1,8 +1,8 @@
 """Answers on disk: `<directory>/rollouts.jsonl`, one line per prompt and sample, and `manifest.json` beside it.
 
 A line: {"id": of the prompt, "sample": its number, "response": text, "tokens": [ids] (not of a served model), "logp":
-sum over them in nats or null, "finish": "stop" | "length" | "failed", "reason": why it failed, "chosen", "top",
-"prompt_top": see `kdjax/generation/logprobs.py`}. Lines are only ever appended, in the order in which answers come.
+sum over them in nats or null, "finish": "stop" | "length" | "failed", "reason": why it failed, "chosen", "top": see
+`kdjax/generation/logprobs.py`}. Lines are only ever appended, in the order in which answers come.
 A failed sample is tried again at the next start and then has a second line; the later one counts.
 manifest.json: "depends", what the answers depend on, and "made", how they came about. After a kill at any moment
 what is in the file is whole but for the last line, which is cut off when the file is opened again.
@@ -23,7 +23,7 @@ FORMAT = 1
 ROLLOUTS, MANIFEST = "rollouts.jsonl", "manifest.json"
 STOP, LENGTH, FAILED = "stop", "length", "failed"
 FINISHES = (STOP, LENGTH, FAILED)
-OPTIONAL = ("tokens", "reason", "chosen", "top", "prompt_top")  # left out of a line where they say nothing
+OPTIONAL = ("tokens", "reason", "chosen", "top")  # left out of a line where they say nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,6 @@ class Rollout:
     reason: str = ""
     chosen: tuple[Any, ...] | None = None
     top: tuple[Any, ...] | None = None
-    prompt_top: tuple[Any, ...] | None = None
 
     @property
     def key(self) -> tuple[str, int]:
@@ -189,7 +188,7 @@ def _parse(record: Mapping[str, Any], where: str) -> Rollout:
                 f"{where} must be a rollout, got {name}={values.get(name)!r}; see kdjax/generation/store.py. Remove "
                 "the line, and the sample is drawn again."
             )
-    for name in ("tokens", "chosen", "top", "prompt_top"):
+    for name in ("tokens", "chosen", "top"):
         if values.get(name) is not None:
             values[name] = tuple(values[name])
     return Rollout(**values)

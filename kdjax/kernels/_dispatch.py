@@ -35,6 +35,15 @@ def target() -> Target:
     return Target({"cuda": "gpu"}.get(first.platform, first.platform), first.device_kind)
 
 
+def or_default(table: Mapping[str, Any], name: str | None) -> str | None:
+    """What a setting for several ops names, for one of them; None where the kernel is known and this table lacks it.
+
+    An unknown name stays, and `choose` refuses it.
+    """
+    known = {each for order in ORDER.values() for each in order}
+    return None if name in known and name not in table else name
+
+
 def choose(
     op: str,
     table: Mapping[str, Callable[..., Result]],

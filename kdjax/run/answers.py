@@ -1,5 +1,9 @@
-"""Which answers of a pool the student of a moment is trained on: admitted -> scored by this student -> selected."""
+"""Which answers of a pool the student of a moment is trained on: admitted -> scored by this student -> selected.
 
+Several processes score together, on a mesh of the devices of all; process 0 alone verifies, selects and writes files.
+"""
+
+import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping
@@ -7,19 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from kdjax.build import Built
+from kdjax.checkpoint import by_first, require_same, require_seen
 from kdjax.curation import params_fingerprint
+from kdjax.curation.answers.best_teacher import Rated, figures_of, gradients_path
 from kdjax.curation.answers.encode import coding, encode_answer, encode_question
 from kdjax.curation.answers.measure import context_of, make_measurer, unscored
 from kdjax.curation.answers.pool import Candidate, open_pool
 from kdjax.curation.answers.released import as_released
-from kdjax.curation.answers.scored import ScoredFile, open_scored, scored_path
+from kdjax.curation.answers.scored import ScoredFile, open_scored, read_scored, scored_path
 from kdjax.curation.answers.select import policy_of
 from kdjax.curation.answers.selected import NAME, select
+from kdjax.curation.answers.stage import FOLDER, read_manifest
 from kdjax.curation.answers.verify import Admitted, admit
 from kdjax.data.prompts import Prompt, fingerprint, load_prompts, split_prompts
 from kdjax.models import tokenizer as tokenizers
+from kdjax.run.teachers import make_teacher_rater
 from kdjax.run_log import Progress
 from kdjax.types import Params
 
@@ -27,13 +36,15 @@ from kdjax.types import Params
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """counts: of selected.manifest.json. scored: answers that were read now; places: tokens with padding, of those
-    calls; seconds: what they took. file: of the figures; None = the policy reads none."""
+    calls; seconds: what they took, gradients included. file: of the figures; None = the policy reads none. rated: the
+    teachers, with policy "best_teacher"."""
 
     counts: Mapping[str, Any]
     scored: int = 0
     places: int = 0
     seconds: float = 0.0
     file: Path | None = None
+    rated: Rated | None = None
 
 
 def selection_of(step: int) -> str:
@@ -44,16 +55,11 @@ def selection_of(step: int) -> str:
 class AnswerChoice:
     """choice(params, step) -> Choice: what this student is to be trained on after `step`, as files of `workdir`.
 
-    The pool is indexed and verified once, and programs are compiled once. Raises ValueError for a pool that holds no
-    right answers, in a run of several processes, and as `select` does.
+    The pool is indexed and verified once, and programs are compiled once. Of several processes all have to call. Raises
+    ValueError for a pool that holds no right answers or is another one in some process, and as `select` does.
     """
 
     def __init__(self, built: Built, workdir: Path) -> None:
-        if jax.process_count() > 1:
-            raise ValueError(
-                f"answers must be chosen by one process, got {jax.process_count()}. Start one, with --processes=1, and "
-                "leave answers.rescore_every at 0 in runs of several."
-            )
         e = built.experiment
         self._built, self._workdir, self._settings = built, workdir, as_released(e.answers)
         self._coding = coding(built.tokenizer, e.data, self._settings)
@@ -61,43 +67,74 @@ class AnswerChoice:
         self.prompts = fingerprint(train)
         self.admitted = _admit(e, workdir, train, heldout)
         self._places = 0
-        self._measure = None
-        if policy_of(self._settings).scores:
+        self._figures, self._measure, self._rate = figures_of(self._settings), None, None
+        if self._figures is not None:
             self._measure = make_measurer(
-                built.parts.student, self._settings, self._coding, built.rules, on_call=self._on_call
+                built.parts.student, self._figures, self._coding, built.rules, on_call=self._on_call
             )
+        if policy_of(self._settings).teachers:
+            self._rate = make_teacher_rater(built, self.admitted, self._settings, self._coding)
 
     def __call__(self, params: Params, step: int = 0) -> Choice:
         name = selection_of(step)
-        if self._measure is None:
-            counts = select(self._workdir, self.admitted, self._settings, measure=self._length, name=name)
-            return Choice(counts)
-        student = params_fingerprint(params)
-        start, self._places = time.perf_counter(), 0
-        with open_scored(scored_path(self._workdir, student, self._settings.scored), self._depends(student)) as scored:
-            added = self._score(params, scored)
-            seconds = time.perf_counter() - start
-            if added:
-                scored.finish({"answers": added, "places": self._places, "seconds": round(seconds, 3)})
-            counts = select(
-                self._workdir,
-                self.admitted,
-                self._settings,
-                scored=scored,
-                context=context_of(self._settings, scored),
-                name=name,
-            )
-            return Choice(counts, added, self._places, seconds, scored.path)
+        if self._measure is None and self._rate is None:
+            return Choice(self._select(name, None))
+        student, scored, rated = params_fingerprint(params), None, None
+        path = scored_path(self._workdir, student, self._settings.scored)
+        start, self._places, added, seconds = time.perf_counter(), 0, 0, 0.0
+        with contextlib.ExitStack() as opened:
+            if self._measure is not None:
+                scored = self._open(path, student, opened)
+                added = self._score(params, scored)
+                seconds = time.perf_counter() - start
+                if added:
+                    scored.finish({"answers": added, "places": self._places, "seconds": round(seconds, 3)})
+            if self._rate is not None:
+                rated = self._rate(params, scored, gradients_path(path, student), self._depends(student))
+                seconds += rated.seconds
+            counts = self._select(name, scored, rated)
+        return Choice(counts, added, self._places, seconds, None if scored is None else scored.path, rated)
+
+    def _open(self, path: Path, student: str, opened: contextlib.ExitStack) -> ScoredFile:
+        """The figures of this student: process 0 goes on with the file, the others read what was there before."""
+        mine = list[ScoredFile]()
+
+        def first() -> int:
+            mine.append(opened.enter_context(open_scored(path, self._depends(student))))
+            return path.stat().st_size
+
+        size = by_first(first)
+        require_seen(lambda: path.is_file() and path.stat().st_size == size, self._workdir)
+        scored = mine[0] if mine else opened.enter_context(read_scored(path))
+        require_same(str(len(scored)), str(path))  # and none appends before all have read
+        return scored
+
+    def _select(self, name: str, scored: ScoredFile | None, rated: Rated | None = None) -> dict[str, Any]:
+        """The counts of what process 0 selects; its file is seen by all."""
+        path = self._workdir / FOLDER / f"{name}.jsonl"
+
+        def first() -> tuple[dict[str, Any], str]:
+            settings = self._settings
+            how: dict[str, Any] = {"measure": self._length, "rated": rated}
+            if scored is not None:
+                how |= {"scored": scored, "context": context_of(settings, scored)}
+            counts = select(self._workdir, self.admitted, settings, name=name, **how)
+            return counts, read_manifest(path)["sha256"]
+
+        counts, digest = by_first(first)
+        require_seen(lambda: bool(read_manifest(path).get("sha256") == digest), self._workdir)
+        return dict(counts)
 
     def _score(self, params: Params, scored: ScoredFile) -> int:
         """Figures of the answers that lack them of this student; how many there were."""
-        if self._measure is None:
+        if self._measure is None or self._figures is None:
             return 0
         added = 0
         progress = Progress(self.admitted.counts["reasons"][""], start_step=len(scored), unit="answer")
-        start, missing = time.perf_counter(), unscored(self.admitted, self._settings, scored, self._coding)
+        start, missing = time.perf_counter(), unscored(self.admitted, self._figures, scored, self._coding)
         for each in self._measure(params, missing):
-            scored.append(each.row, each.id, each.teacher, None if each.error else each.figures, each.error)
+            if jax.process_index() == 0:
+                scored.append(each.row, each.id, each.teacher, None if each.error else each.figures, each.error)
             added += 1
             progress.update(len(scored), tokens_per_second=self._places / (time.perf_counter() - start))
         progress.close()
@@ -131,9 +168,17 @@ def _sides(built: Built) -> tuple[list[Prompt], list[Prompt]]:
 
 
 def _admit(e: Any, workdir: Path, train: list[Prompt], heldout: list[Prompt]) -> Admitted:
+    """The pool, and what process 0 finds of its answers."""
     pool = open_pool(e.answers.pool, train, heldout)
-    progress = Progress(len(pool), unit="row")
-    try:
-        return admit(workdir, pool, e.answers, e.prompts.verifier, lambda done, total: progress.update(done))
-    finally:
-        progress.close()
+    require_same(f"{pool.content} {fingerprint(train)} {fingerprint(heldout)}", "answers.pool")
+
+    def first() -> tuple[list[int], dict[str, Any]]:
+        progress = Progress(len(pool), unit="row")
+        try:
+            done = admit(workdir, pool, e.answers, e.prompts.verifier, lambda done, total: progress.update(done))
+        finally:
+            progress.close()
+        return done.reason.tolist(), dict(done.counts)
+
+    reason, counts = by_first(first)
+    return Admitted(pool, np.array(reason, pool.reason.dtype), counts)

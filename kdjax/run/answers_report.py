@@ -4,22 +4,23 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from kdjax.analysis.answers_page import Round, round_of, write_answers
 from kdjax.build import Built
 from kdjax.curation.answers import selected, verify
+from kdjax.curation.answers.scored import ScoredFile, read_scored
 from kdjax.curation.answers.scores import SCORES, Context, rate
+from kdjax.curation.answers.select import policy_of
 from kdjax.curation.answers.stage import FOLDER, manifest_of, read_manifest, records
 from kdjax.run.answers import selection_of
 from kdjax.run.report_data import typed_command
 
 RIVALS = ("scas", "head_norm", "grape", "rsr")  # the best answer by each is compared with what was selected
-Figures = dict[str, dict[str, Mapping[str, float | None]]]  # question -> row -> figures
 
 
 def write_report(built: Built, workdir: Path) -> Path:
@@ -48,43 +49,46 @@ def _round(built: Built, folder: Path, step: int, steps: int, size: int) -> Roun
     e = built.experiment
     trained = steps * e.train.batch_size * e.data.seq_len
     known: dict[str, Any] = {"tokens_trained": trained, "training_flops": 6.0 * size * trained}
+    known["teacher_scores"] = manifest.get("teacher_scores", {})
     scored = manifest["depends"]["scored"]
     if scored:
         path = Path(os.path.normpath(folder.parent / e.answers.scored)) / FOLDER / scored
-        figures, cost = _figures(path), read_manifest(path).get("counts") or {}
+        cost = read_manifest(path).get("counts") or {}
         known["answers_scored"] = int(cost.get("answers", 0))
         known["tokens_scored"] = int(cost.get("places", 0))
         known["scoring_seconds"] = float(cost.get("seconds", math.nan))
         known["scoring_flops"] = 2.0 * size * known["tokens_scored"]
-        rivals = [name for name in RIVALS if name != e.answers.score]
-        known["overlap"] = _overlaps(lines, figures, rivals, e.answers.question_share)
+        rivals = [name for name in RIVALS if name != e.answers.score or policy_of(e.answers).teachers]
+        with read_scored(path) as figures:
+            known["overlap"] = _overlaps(lines, path, figures, rivals, e.answers.question_share)
+            nlls = [figures[one.row].values.get("answer_nll") for one in lines if one.row in figures]
+        known["answer_nll"] = _mean(nlls)
         known["score"] = _mean([one.score_value for one in lines])
-        known["answer_nll"] = _mean([figures.get(one.id, {}).get(one.row, {}).get("answer_nll") for one in lines])
     return round_of(manifest["counts"], step=step, **known)
 
 
-def _figures(path: Path) -> Figures:
-    found: Figures = {}
-    for _, record in records(path):
-        if record["figures"] is not None:
-            found.setdefault(record["id"], {})[record["row"]] = record["figures"]
-    return found
-
-
 def _overlaps(
-    lines: list[selected.Selected], figures: Figures, rivals: list[str], question_share: float
+    lines: list[selected.Selected], path: Path, figures: ScoredFile, rivals: list[str], question_share: float
 ) -> dict[str, float]:
-    """Rival -> the share of the questions whose selected answer is the rival's best, and so for the shortest."""
+    """Rival -> the share of the questions whose selected answer is the rival's best, and so for the shortest.
+
+    The figures of one question at a time are held, and of all others where they are.
+    """
     chosen: dict[str, set[str]] = {}
     for one in lines:
         chosen.setdefault(one.id, set()).add(one.row)
+    places: dict[str, list[int]] = {}
+    for _, record in records(path):
+        if record["figures"] is not None:
+            places.setdefault(record["id"], []).append(int(record["row"], 16))
     shares: dict[str, list[float]] = {}
     for question, rows in chosen.items():
-        known = figures.get(question, {})
+        answers = [f"{place:016x}" for place in dict.fromkeys(places.get(question, ()))]
+        known = {row: figures[row].values for row in answers}
         if len(known) < 2:
             continue
         names, values = list(known), list(known.values())
-        costs = {"shortest": [float(each["n_answer"] or 0) for each in values]}
+        costs = {"shortest": [float(np.nan_to_num(each["n_answer"])) for each in values]}
         for rival in rivals:
             if all(need in each for need in SCORES[rival].needs for each in values):
                 costs[rival] = rate(rival, values, Context(question_share))

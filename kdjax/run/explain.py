@@ -4,7 +4,7 @@ import dataclasses
 import math
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,13 @@ import numpy as np
 from kdjax import config, registry
 from kdjax.analysis.explain_page import Explained, ExplainedAnswer
 from kdjax.build import Built
+from kdjax.curation import params_fingerprint
 from kdjax.curation.answers.encode import coding, encode
+from kdjax.curation.answers.measure import STEPS, fitted_context, make_measurer, measurable
 from kdjax.curation.answers.pool import REASONS, Candidate, candidates, open_pool, reader
 from kdjax.curation.answers.released import as_released
-from kdjax.curation.answers.scorer import Scored, make_answer_scorer, usual_figures
+from kdjax.curation.answers.scored import read_scored, scored_path
+from kdjax.curation.answers.scorer import Scored
 from kdjax.curation.answers.scores import SCORES, Context, rate
 from kdjax.curation.answers.select import Pick, ScoredAnswer, choose, policy_of
 from kdjax.curation.answers.selected import NAME, read_selected
@@ -32,9 +35,11 @@ def explain(built: Built, question: str, params: Params, workdir: Path | None, c
 
     workdir: where a choice was made, which is marked; None = none was. Answers that are not admitted are shown with the
     reason, those that are wrong too. Raises ValueError for a question that is not among the prompts or has no right
-    answer in the pool, and as `make_answer_scorer` does.
+    answer in the pool, and as `make_measurer` does.
     """
     e, settings = built.experiment, as_released(built.experiment.answers)
+    if policy_of(settings).teachers:  # then answers.score rates them, and no answers
+        settings = dataclasses.replace(settings, score=SHOWN[0])
     prompt = _prompt(load_prompts(e.prompts), question)
     pool = open_pool(settings.pool, [prompt], [])
     with tempfile.TemporaryDirectory() as folder:
@@ -43,12 +48,16 @@ def explain(built: Built, question: str, params: Params, workdir: Path | None, c
         found = candidates(pool, read, 0)
     reasons = [REASONS[admitted.reason[row]] for row in pool.of(0)]
     of = coding(built.tokenizer, e.data, settings)
-    usual, score = usual_figures(built.parts.student), registry.lookup(SCORES, settings.score, "answers.score")
-    scorer = make_answer_scorer(built.parts.student, settings, e.data.seq_len, built.rules, figures=usual, tokens=True)
-    scored = {each.row: each for each in scorer(params, [encode(prompt, found, of)])}
-    names = [name for name in dict.fromkeys([settings.score, *SHOWN]) if set(SCORES[name].needs) <= set(usual)]
+    score, known = registry.lookup(SCORES, settings.score, "answers.score"), set(measurable(built.parts.student))
+    needs = score.needs if known.issuperset(score.needs) else ()
+    measure = make_measurer(built.parts.student, settings, of, built.rules, needs=needs, tokens=True)
+    once = {one.row: one for one in found}  # a row may be there twice
+    asked = encode(prompt, once.values(), of), {row: one.text for row, one in once.items()}
+    scored = {each.row: each for each in measure(params, [asked])}
     valid = [one for one, why in zip(found, reasons, strict=True) if not why and not scored[one.row].error]
-    context = Context(settings.question_share)
+    context = _context(settings, workdir, params, [scored[one.row].figures for one in valid])
+    names = [name for name in dict.fromkeys([settings.score, *SHOWN]) if known.issuperset(SCORES[name].needs)]
+    names = [name for name in names if name != "aslec_casl" or math.isfinite(context.first_share_slope)]
     rated = {name: _rates(name, valid, scored, context) for name in names}
     ranked = _ranked(valid, rated.get(settings.score, {}), settings)
     chosen = {one.row for one in read_selected(workdir, NAME) if one.id == question} if workdir is not None else set()
@@ -78,6 +87,17 @@ def _prompt(prompts: Sequence[Prompt], question: str) -> Prompt:
             + registry.did_you_mean(question, known)
         )
     return known[question]
+
+
+def _context(settings: config.Answers, workdir: Path | None, params: Params, here: list[dict[str, float]]) -> Context:
+    """The slope of ASLEC-CASL: over all answers that this student scored, as for the choice; else over those `here`."""
+    if settings.score != "aslec_casl":
+        return Context(settings.question_share)
+    there: list[Mapping[str, float]] = []
+    if workdir is not None and (path := scored_path(workdir, params_fingerprint(params), settings.scored)).is_file():
+        with read_scored(path) as scored:
+            there = [line.values for line in scored if set(STEPS) <= set(line.values)]
+    return fitted_context(settings.question_share, there or here)
 
 
 def _rates(name: str, valid: Sequence[Candidate], scored: dict[str, Scored], context: Context) -> dict[str, float]:

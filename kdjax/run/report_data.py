@@ -19,6 +19,7 @@ import numpy as np
 import kdjax
 from kdjax.analysis.report import write_report
 from kdjax.build import Built
+from kdjax.build.checks import is_served
 from kdjax.config import fingerprint
 from kdjax.data import heldout_batches, to_batch
 from kdjax.evals.text_page import entropy_page, make_page_step
@@ -129,7 +130,8 @@ def _summary(workdir: Path, built: Built) -> dict[str, Any]:
     e, data = built.experiment, built.data
     teacher: dict[str, Any] = {"teacher": "none, the text alone"}
     if built.parts.cached:
-        teacher = {"teacher": f"{e.teacher.path or 'unnamed'}, not loaded: {e.classes.kind} entries from a cache"}
+        who = (e.served.model if is_served(e) else e.teacher.path) or "unnamed"
+        teacher = {"teacher": f"{who}, not loaded: {e.classes.kind} entries from a cache"}
     if built.teacher is not None:
         teacher = {
             "teacher": built.teacher.source,

@@ -80,7 +80,8 @@ class RowChoice:
             list(selected.read_selected(self._workdir, selection_of(at))) for at in (step, step - self._every)
         )
         self._hold(step)
-        write_report(self._built, self._workdir)
+        if jax.process_index() == 0:
+            write_report(self._built, self._workdir)
         figures = {"answers_scored": made.scored, "scoring_tokens": made.places, "scoring_seconds": made.seconds}
         return {"kept_overlap": selected.overlap(before, now)} | {name: float(of) for name, of in figures.items()}
 

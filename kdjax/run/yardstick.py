@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from kdjax.build import Built
 from kdjax.curation.answers.correlation import Agreement, agreements
 from kdjax.curation.answers.encode import Encoded, coding, encode
 from kdjax.curation.answers.gradients import make_gain, make_gradient_pass, rows_of
-from kdjax.curation.answers.measure import FORWARD, make_measurer
+from kdjax.curation.answers.measure import GRADIENT, STEPS, fitted_context, make_measurer, measurable
 from kdjax.curation.answers.released import as_released
 from kdjax.curation.answers.scores import SCORES, Context, rate
 from kdjax.curation.answers.verify import Admitted, admitted_answers
@@ -36,7 +37,7 @@ class Yardstick:
 
 
 def measure(built: Built, params: Params, admitted: Admitted, questions: int) -> Yardstick:
-    """Every score of one forward pass, for the answers to `questions` questions with at least three each.
+    """Every score that the student has figures for, of the answers to `questions` questions with at least three each.
 
     The gain: by how much the first update of the run's optimiser, at the peak of its learning rate, on the answer alone
     lowers the mean loss of PROBE_ROWS answers to PROBE other questions. Raises ValueError for too few questions.
@@ -57,9 +58,10 @@ def measure(built: Built, params: Params, admitted: Admitted, questions: int) ->
     rng = np.random.default_rng(settings.seed)
     order = rng.permutation(len(usable))
     probe, asked = ([usable[at] for at in np.sort(part)] for part in (order[:PROBE], order[PROBE : PROBE + questions]))
-    scorer = make_measurer(built.parts.student, settings, of, built.rules)
+    needs = [name for name in measurable(built.parts.student) if name != GRADIENT]  # it comes from `exact`
+    scorer = make_measurer(built.parts.student, settings, of, built.rules, needs=needs)
     scored = {each.row: each for each in scorer(params, asked)}
-    exact = make_gradient_pass(built.parts.student)
+    exact = make_gradient_pass(built.parts.student, built.rules)
     optimiser, _ = make_optimiser(dataclasses.replace(e.optim, schedule="constant", warmup=0), e.train.steps)
     told = [row for one, _ in probe for row in rows_of(one)]
     told = [told[at] for at in np.sort(rng.permutation(len(told))[:PROBE_ROWS])]
@@ -67,8 +69,9 @@ def measure(built: Built, params: Params, admitted: Admitted, questions: int) ->
     answers = list(_answers([one for one, _ in asked]))
     rows, lines, progress = [row for *_, row in answers], [], Progress(len(answers), unit="answer")
     for (encoded, answer, _), gradient, gained in zip(answers, exact(params, rows), gain(params, rows), strict=True):
-        figures = {name: None if np.isnan(value) else value for name, value in scored[answer.row].figures.items()}
-        line = {"id": encoded.id, "row": answer.row, "teacher": answer.teacher, "figures": figures}
+        figures = scored[answer.row].figures | {GRADIENT: math.sqrt(float(gradient.norm))}
+        known = {name: None if np.isnan(value) else value for name, value in figures.items()}
+        line = {"id": encoded.id, "row": answer.row, "teacher": answer.teacher, "figures": known}
         lines.append(line | {"gradient": float(gradient.norm), "gain": float(gained)})
         progress.update(len(lines))
     progress.close()
@@ -78,18 +81,21 @@ def measure(built: Built, params: Params, admitted: Admitted, questions: int) ->
 def compared(lines: list[dict[str, Any]], question_share: float) -> Yardstick:
     """The agreements of the scores that the figures of these lines are enough for, and of length.
 
-    Not of those without diagonal: they prefer every answer of one token.
+    Not of those without diagonal: they prefer every answer of one token. The slope of ASLEC-CASL is fitted over these
+    answers; where they do not determine it, a warning says so and the score is left out.
     """
-    known = [name for name, score in SCORES.items() if set(score.needs) <= set(FORWARD)]
-    names = [name for name in known if not name.endswith("_no_diag")]
+    there = set(lines[0]["figures"])
+    names = [name for name, one in SCORES.items() if set(one.needs) <= there and not name.endswith("_no_diag")]
+    context = Context(question_share)
+    if {*STEPS, "answer_nll"} <= there:
+        context = fitted_context(question_share, [line["figures"] for line in lines])
+    names = [name for name in names if name != "aslec_casl" or math.isfinite(context.first_share_slope)]
     questions = [line["id"] for line in lines]
     scores = {name: np.full(len(lines), np.nan) for name in names}
     for question in dict.fromkeys(questions):
         at = [number for number, name in enumerate(questions) if name == question]
-        figures = [lines[number]["figures"] for number in at]
         for name in names:
-            if all(figure in figures[0] for figure in SCORES[name].needs):
-                scores[name][at] = rate(name, figures, Context(question_share))
+            scores[name][at] = rate(name, [lines[number]["figures"] for number in at], context)
     scores["shortest"] = np.array([line["figures"]["n_answer"] for line in lines], np.float64)
     scores = {name: values for name, values in scores.items() if np.isfinite(values).any()}
     higher = frozenset(name for name, score in SCORES.items() if not score.lower)

@@ -104,6 +104,10 @@ def test_a_round_by_its_manifest():
     assert (found.step, found.questions, found.selected, found.forced, found.tokens_scored) == (3, 9, 7, 1, 100)
     assert found.dropped == {"none_valid": 2}
     assert found.groups == [CostGroup(1, 7, 0.5, 0.25, 12.0)]
+    assert math.isnan(found.same_family)
+    found = round_of(counts | {"same_family": {"admitted": 40, "selected": 0}}, step=3)
+    assert found.same_family == 0
+    assert table(shown([found]), "Teacher")["of the student's family"] == ["40", "0.0"]
 
 
 def test_untrusted_names_are_text():

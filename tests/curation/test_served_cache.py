@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kdjax import config
-from kdjax.build.checks import check_served, is_served
+from kdjax.build.checks import check_served, is_served, said_answers, scores_text
 from kdjax.curation.served_cache import (
     check_answers,
     check_cuts,
@@ -102,7 +102,7 @@ def test_rows_of_which_nothing_was_said_have_no_positions():
 
 
 def test_numbers_that_are_no_log_probabilities():
-    with pytest.raises(ValueError, match=r"served.top_logprobs must list log-probabilities in nats, got 2 as the sum"):
+    with pytest.raises(ValueError, match=r"served.base_url must list log-probabilities in nats, got 2 as the sum"):
         record(said(top=[[["a", -0.0], ["b", 0.0]]] * 3))
 
 
@@ -171,10 +171,39 @@ def test_what_a_server_does_not_know(name, value, message):
         check_served(experiment(**{name: value}))
 
 
+def of_text(**changes):
+    return experiment(served__top_logprobs=0, served__prompt_logprobs=20, served__model="big", **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("served.model", "", "must be the model's name there with .* got ''; it tells caches apart"),
+        ("classes.kind", "sampled", "must be one of renormalised"),
+        ("classes.entries", 21, "must be at most 20 with .* got 21; .* or served.prompt_logprobs to 0"),
+        ("loss.tau", 2.0, "must be 1.0 with"),
+        ("cache.entropy", True, "must be False with"),
+    ],
+)
+def test_what_a_server_does_not_know_of_a_text(name, value, message):
+    for answers in ("", "gold", "pool", "x"):
+        check_served(of_text(prompts__answers=answers, cache__label_logp=True))
+    with pytest.raises(ValueError, match=f"{name} {message}"):
+        check_served(of_text(**{name: value}))
+
+
 def test_when_a_cache_is_a_servers():
-    assert is_served(experiment())
-    assert not is_served(experiment(teacher__source="live"))
-    assert not is_served(experiment(served__top_logprobs=0))
+    said, text, live, neither = (
+        experiment(),
+        of_text(),
+        of_text(teacher__source="live"),
+        experiment(served__top_logprobs=0),
+    )
+    assert [said_answers(e) for e in (said, text, live, neither)] == [True, False, False, False]
+    assert [scores_text(e) for e in (said, text, live, neither)] == [False, True, False, False]
+    assert [is_served(e) for e in (said, text, live, neither)] == [True, True, False, False]
+    with pytest.raises(ValueError, match=r"prompt_logprobs must be 0 with served.top_logprobs=20, got 5; .* Set one\."):
+        check_served(experiment(served__prompt_logprobs=5))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from jax.experimental import multihost_utils
 
 from kdjax import loop
-from kdjax.checkpoint import require_same, require_shared
+from kdjax.checkpoint import by_first, require_same, require_shared
 from kdjax.config import Experiment, Mesh
 from launch import processes
 
@@ -134,6 +134,27 @@ def test_a_workdir_that_some_process_does_not_see_is_an_error(three, tmp_path):
     with pytest.raises(ValueError, match=r"--workdir must be one directory .* in which process 1 does not find"):
         require_shared(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_first_process_finds_or_fails_with_is_told(three, monkeypatch):
+    told = []
+    three(None)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda value: told.append(np.array(value)) or value)
+    assert by_first(lambda: [{"a": 1.5}, None, "\u00fc"]) == [{"a": 1.5}, None, "\u00fc"]
+
+    def fail():
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="^the disk is full$"):
+        by_first(fail)
+    monkeypatch.setattr(jax, "process_index", lambda: 2)
+    answers = iter(told)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda value: next(answers))
+    other = lambda: pytest.fail("process 0 alone does it")  # noqa: E731
+    assert by_first(other) == [{"a": 1.5}, None, "\u00fc"]
+    with pytest.raises(ValueError, match="^the disk is full$"):
+        by_first(other)
+    assert next(answers, None) is None
 
 
 def test_several_processes_need_a_mesh(three, tmp_path):

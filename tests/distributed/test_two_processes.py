@@ -24,6 +24,9 @@ import pytest
 from process_worker import ROOT, run_script
 
 from kdjax import models
+from kdjax.config import Prompts
+from kdjax.data.prompts import load_prompts
+from kdjax.data.styles import STYLES, scripted
 from kdjax.models import synthetic
 from kdjax.models.hf_io import save_hf
 
@@ -78,9 +81,27 @@ OWN = LONG | {
     "train.steps": 5,
     "checkpoint.every": 100000,
 }
+# Two rounds, on answers of a pool that the student chooses; so fast that it chooses others in the second.
+POOL = LONG | {
+    "selection.policy": "all",
+    "prompts.path": "arith:sum1",
+    "prompts.size": 30,
+    "prompts.answers": "pool",
+    "prompts.instruction": "",
+    "data.chat_template": False,
+    "data.seq_len": 96,
+    "answers.rescore_every": 2,
+    "loss.terms": (("cross_entropy", 1.0),),
+    "optim.learning_rate": 1e-2,
+    "train.batch_size": 8,
+    "train.steps": 4,
+    "eval.prompts": 0,
+    "checkpoint.every": 2,
+}
 # Tensor parallelism across the processes: both hold all rows.
 ACROSS = {"mesh.preset": "tp", "mesh.shape": "model:2,data:4", "checkpoint.every": 100000}
-DONE = ["curate 0 is done", "cache_teacher 1 is done", "train 2 is done", "train 3 is done", "train 4 is done"]
+SCENES = ("curate", "cache_teacher", "train", "train", "curate", "train", "curate", "train")
+DONE = [f"{script} {number} is done" for number, script in enumerate(SCENES)]
 
 
 def typed(workdir, **changes):
@@ -88,6 +109,34 @@ def typed(workdir, **changes):
     paths = {"data.path": workdir.parent / "text.jsonl", "teacher.path": workdir.parent / "teacher"}
     overrides = [f"--config.{name}={value}" for name, value in (VALUES | paths | changes).items()]
     return [f"--config={ROOT}/configs/se_kd_3x.py", f"--workdir={workdir}", *overrides]
+
+
+def pool(workdir, **changes):
+    """The arguments for a workdir beside which are the text, the teacher and a pool."""
+    return typed(workdir, **POOL | {"answers.pool": f"({str(workdir.parent / 'pool')!r},)"} | changes)
+
+
+def write_pool(folder):
+    """Three teachers, one of them once wrong."""
+    folder.mkdir()
+    for name in ("bare", "equation", "words"):
+        asked = load_prompts(Prompts(path="arith:sum1", size=30))
+        rows = [{"id": q.id, "instruction": q.prompt, "teacher_output": scripted(q, STYLES[name])} for q in asked]
+        if name == "words":
+            rows[0]["teacher_output"] = "I would say 99."
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+
+def tear(workdir, target):
+    """A choice of answers as a kill would have left it: half verified, or half scored, and half a line."""
+    (target / "answers").mkdir(parents=True)
+    for path in (workdir / "answers").glob("*.jsonl"):
+        if not path.name.startswith("selected"):
+            data = path.read_bytes()
+            (target / "answers" / path.name).write_bytes(data[: len(data) // 2])
+            manifest = f"{path.stem}.manifest.json"
+            said = json.loads((path.parent / manifest).read_text()) | {"counts": None}
+            (target / "answers" / manifest).write_text(json.dumps(said))
 
 
 def stop_at(monkeypatch, step):
@@ -145,12 +194,18 @@ def pair(tmp_path_factory):
     for script in ("curate", "cache_teacher", "train"):
         run_script(script, *typed(root / "one"))
     run_script("train", *typed(root / "own_one", **OWN))
+    write_pool(root / "pool")
+    run_script("curate", *pool(root / "pool_one"))
+    tear(root / "pool_one", root / "pool_torn")
+    run_script("train", *pool(root / "pool_one"))
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 4)
         run_script("train", *typed(root / "short", **LONG))
     cut_back(root / "short", root / "long", 2)
     scenes = [(script, *typed(root / "two")) for script in ("curate", "cache_teacher", "train")]
     scenes.append(("train", *typed(root / "own_two", **OWN)))
+    scenes += [(script, *pool(root / "pool_two")) for script in ("curate", "train")]
+    scenes.append(("curate", *pool(root / "pool_torn")))
     scenes.append(("train", *typed(root / "long", **LONG | ACROSS)))
     scenes.append(("evaluate", f"--workdir={root / 'two'}"))
     logs, started = start(root, scenes)
@@ -198,7 +253,7 @@ def disturb(found, started, logs):
     if not until(lambda: lines(long)[-1]["step"] > 4, started):  # those up to 4 are of the copy
         return
     started[1].send_signal(signal.SIGTERM)
-    if not until(lambda: all("train 4 is done" in out.read_text() for out, _ in logs), started):
+    if not until(lambda: all(DONE[-1] in out.read_text() for out, _ in logs), started):
         return
     found.stopped = lines(long)[-1]["step"]
     started[1].kill()
@@ -280,6 +335,60 @@ def test_own_answers_and_what_is_learned_from_them_are_the_same(pair):
     close(lines(pair.root / "own_two"), wanted)
 
 
+def chosen(workdir, name="selected"):
+    return {line["id"]: line["row"] for line in lines(workdir, f"answers/{name}.jsonl")}
+
+
+def scored(workdir, step=0):
+    """{row: figures} of the student that chose after this step."""
+    name = f"selected-{step}" if step else "selected"
+    manifest = json.loads((workdir / f"answers/{name}.manifest.json").read_text())
+    return {line["row"]: line["figures"] for line in lines(workdir, f"answers/{manifest['depends']['scored']}")}
+
+
+def test_the_same_answers_are_admitted_scored_and_selected(pair):
+    """By the student that nothing was changed of since, to the last byte."""
+    one, two = pair.root / "pool_one/answers", pair.root / "pool_two/answers"
+    (figures,) = {path.name for path in one.glob("scored-*.jsonl")} & {path.name for path in two.glob("scored-*.jsonl")}
+    for name in ("admitted.jsonl", figures, "selected.jsonl", "admitted.manifest.json", "selected.manifest.json"):
+        assert (two / name).read_bytes() == (one / name).read_bytes(), name
+    admitted = lines(one, "admitted.jsonl")
+    assert [line["reason"] for line in admitted if line["reason"] not in ("", "heldout")] == ["wrong"]
+    rows = [line["row"] for line in admitted if not line["reason"]]
+    assert sorted(line["row"] for line in lines(two, figures)) == sorted(rows)
+    assert "2 rounds of selection by scas" in (two / "report.html").read_text()
+
+
+def test_what_the_student_chooses_next_and_learns_is_the_same(pair):
+    one, two = pair.root / "pool_one", pair.root / "pool_two"
+    assert chosen(one) != chosen(one, "selected-2") == chosen(two, "selected-2")
+    wanted, found = scored(one, 2), scored(two, 2)
+    assert found.keys() == wanted.keys() == scored(one).keys()
+    for row, values in wanted.items():
+        assert found[row] == pytest.approx(values, rel=1e-4, abs=1e-6)
+    logs = lines(one), lines(two)
+    for line in (line for log in logs for line in log if "answers_scored" in line):
+        assert (line["step"], line["answers_scored"], line.pop("scoring_seconds") > 0) == (2, len(wanted), True)
+    assert [line["step"] for line in logs[0] if "loss" in line] == [1, 2, 3, 4]
+    close(logs[1], logs[0])
+
+
+def test_a_choice_that_was_stopped_goes_on_in_two_processes(pair):
+    one, torn = pair.root / "pool_one", pair.root / "pool_torn"
+    assert (torn / "answers/admitted.jsonl").read_bytes() == (one / "answers/admitted.jsonl").read_bytes()
+    wanted, found = scored(one), scored(torn)
+    (file,) = (torn / "answers").glob("scored-*.jsonl")
+    whole = file.read_bytes().splitlines()
+    now = [int(count) for count in re.findall("scored now: ([0-9]+) answers", pair.out[0])]
+    assert now[0] == len(wanted) == len(whole), "none twice"
+    assert 0 < now[1] < now[0]
+    assert whole[: -now[1]] == (one / "answers" / file.name).read_bytes().splitlines()[: -now[1]]
+    assert found.keys() == wanted.keys()
+    for row, values in wanted.items():
+        assert found[row] == pytest.approx(values, rel=1e-4, abs=1e-6)
+    assert chosen(torn) == chosen(one)
+
+
 def test_a_run_of_two_processes_goes_on_in_one(pair, monkeypatch):
     cut_back(pair.root / "two", pair.root / "from_two", 2)
     stop_at(monkeypatch, 1)
@@ -298,7 +407,8 @@ def test_a_run_of_one_process_goes_on_in_two_with_tensor_parallelism_across_them
 
 
 def test_process_0_alone_speaks(pair):
-    assert pair.out[0].count("held out: ") == 2
+    assert pair.out[0].count("held out: ") == 3
+    assert pair.out[0].count("scored now: ") == 2
     assert "step 4/4" in pair.err[0]
     assert re.findall(r"\w+ \d is done", pair.out[1]) == DONE
     # Gloo's threads write to the same stream, and break one another's lines.

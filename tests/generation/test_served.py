@@ -20,7 +20,7 @@ import pytest
 from kdjax import config
 from kdjax.generation import complete, served, store
 from kdjax.generation.logprobs import sparse_targets, token_ids
-from kdjax.generation.served import Ask, answer, failures, seed_of
+from kdjax.generation.served import Ask, answer, failures, score, seed_of
 from kdjax.models import hf_io, synthetic
 
 pytest.importorskip("openai")
@@ -147,11 +147,11 @@ def test_a_text_is_gone_on_with_and_what_openai_does_not_know_is_sent_if_it_is_s
     body = {"choices": [{"text": " 7", "finish_reason": "stop"}]}
     server = serve(lambda number, _: (200, {}, json.dumps(body).encode()))
     made = config.Generation(top_k=20, min_p=0.05)
-    assert one(server, made, prompt="3 + 4 =", top_logprobs=5, prompt_logprobs=2).response == " 7"
+    assert one(server, made, prompt="3 + 4 =", top_logprobs=5).response == " 7"
     ((_, path, sent, _),) = server.seen
     assert path == "/v1/completions"
     assert sent["prompt"] == "3 + 4 ="
-    assert [sent[name] for name in ("top_k", "min_p", "logprobs", "prompt_logprobs")] == [20, 0.05, 5, 2]
+    assert [sent[name] for name in ("top_k", "min_p", "logprobs")] == [20, 0.05, 5]
 
 
 def test_seeds_differ_between_prompts_and_samples_and_fit():
@@ -307,32 +307,126 @@ def test_log_probabilities_of_a_chat(serve):
             "top_logprobs": [{"token": "\ufffd", "logprob": -1.5, "bytes": [195]}, {"token": "x", "logprob": -9999.0}],
         },
     ]
-    prompt = [None, {"17": {"logprob": -0.5, "decoded_token": "a"}, "3": {"logprob": float("-inf")}}]
-    body = json.loads(chat("7", logprobs={"content": content})[2]) | {"prompt_logprobs": prompt}
-    server = serve(lambda number, _: (200, {}, json.dumps(body).encode()))
+    server = serve(lambda number, _: chat("7", logprobs={"content": content}))
     found = one(server, top_logprobs=2, prompt_logprobs=2)
     sent = server.seen[0][2]
-    assert (sent["logprobs"], sent["top_logprobs"], sent["prompt_logprobs"]) == (True, 2, 2)
-    assert sent["return_tokens_as_token_ids"] is True
-    ask(server, [Ask("a", 1, MESSAGES)], prompt_logprobs=2)
-    assert "prompt_logprobs" not in server.seen[1][2], "they are those of sample 0"
+    assert (sent["logprobs"], sent["top_logprobs"]) == (True, 2)
+    assert "prompt_logprobs" not in sent, "they are asked for by launch.cache_teacher alone"
     assert found.logp == -1.75
     assert found.chosen == (["7", -0.25], [[195], -1.5])
     assert found.top == ([["7", -0.25]], [[[195], -1.5], ["x", -9999.0]])
-    assert found.prompt_top == (None, [[17, -0.5], [3, None]])
 
 
 def test_log_probabilities_of_a_text(serve):
     top = [{" 7": -0.5, "token_id:8": -2.0}, None]
     given = {"tokens": [" 7", "token_id:11"], "token_logprobs": [-0.5, -1.0], "top_logprobs": top}
-    prompt = [None, {"17": {"logprob": -0.5}}]
-    choice = {"text": " 7.", "finish_reason": "stop", "logprobs": given, "prompt_logprobs": prompt}
+    choice = {"text": " 7.", "finish_reason": "stop", "logprobs": given}
     server = serve(lambda number, _: (200, {}, json.dumps({"choices": [choice]}).encode()))
     found = one(server, prompt="3 + 4 =", top_logprobs=2)
     assert found.logp == -1.5
     assert found.chosen == ([" 7", -0.5], [11, -1.0])
     assert found.top == ([[" 7", -0.5], [8, -2.0]], [])
-    assert found.prompt_top == (None, [[17, -0.5]])
+
+
+# --- what the model says of a text that is given
+
+TEXT = (5, 17, 3)
+SAID = [
+    None,
+    {"17": {"logprob": -0.5, "rank": 1, "decoded_token": "a"}, "3": {"logprob": float("-inf")}},
+    {"9": {"logprob": -0.25}, "17": {"logprob": -2.0}, "3": {"logprob": -9.0, "rank": 40, "decoded_token": None}},
+]
+
+
+def scores(said=SAID, **fields):
+    body = {"choices": [{"text": "!", "finish_reason": "length", "prompt_logprobs": said}], **fields}
+    return 200, {}, json.dumps(body).encode()
+
+
+def scored(server, texts=(TEXT,), **changes):
+    """What on_text got, by the number of the text."""
+    got = {}
+    score(texts, settings(server, **{"prompt_logprobs": 2} | changes), lambda at, *found: got.update({at: found}))
+    return got
+
+
+def test_what_is_asked_of_a_text_and_what_comes_of_it(serve):
+    server = serve(lambda number, body: scores())
+    found, reason = scored(server)[0]
+    assert reason == ""
+    assert found.top == ([[17, -0.5], [3, None]], [[9, -0.25], [17, -2.0], [3, -9.0]])
+    assert found.own == (-0.5, -9.0)
+    assert found.writes == ("a", None)
+    ((_, path, body, headers),) = server.seen
+    assert path == "/v1/completions"
+    assert body == {
+        "model": "big",
+        "prompt": [5, 17, 3],
+        "max_tokens": 1,
+        "prompt_logprobs": 2,
+        "add_special_tokens": False,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+    }
+    assert headers["authorization"] == f"Bearer {KEY}"
+    older = scores(None, prompt_logprobs=SAID)  # where vLLM puts them for a chat
+    assert scored(serve(lambda number, body: older))[0] == (found, "")
+
+
+def test_texts_are_asked_for_together_and_each_gets_its_own(serve):
+    def listed(number, body):
+        time.sleep(0.05)
+        return scores([None, *({str(token): {"logprob": -float(token)}} for token in body["prompt"][1:])])
+
+    server = serve(listed)
+    found = scored(server, [(1, at) for at in range(20)], concurrency=3)
+    assert [found[at][0].own for at in range(20)] == [(-float(at),) for at in range(20)]
+    assert server.most == 3
+
+
+def test_trouble_with_a_text_that_passes_costs_an_attempt(serve):
+    faults = [(429, {}, b"slow down"), "die", (200, {}, b'{"choices": [{"prom')]
+    server = serve(lambda number, body: faults[number] if number < 3 else scores())
+    assert scored(server)[0][1] == ""
+    assert len(server.seen) == 4
+
+
+LISTS = {
+    "none": (None, "got None; the server gives none. vLLM does"),
+    "no list": ("x", "got 'x'; the server gives none"),
+    "too short": (SAID[:2], "2 entries for 3 tokens"),
+    "one placeholder": ([None], "1 entries for 3 tokens"),
+    "null inside": ([None, None, SAID[2]], "entry 1 is None"),
+    "no numbers": ([None, {"17": {"rank": 1}}, SAID[2]], r"entry 1 is {'17': {'rank': 1}}"),
+    "no ids": ([None, SAID[1], {"3": {"logprob": -1.0}, "dog": {"logprob": -2.0}}], "entry 2 is {'3': "),
+    "another token": ([None, SAID[1], {"9": {"logprob": -0.25}}], "entry 2 lacks the id 3 that was sent; data.token"),
+}
+
+
+@pytest.mark.parametrize("fault", LISTS)
+def test_lists_that_are_not_of_the_text(serve, fault):
+    said, reason = LISTS[fault]
+    server = serve(lambda number, body: scores(said))
+    found = scored(server)[0]
+    assert found[0] is None
+    assert re.match(f"prompt_logprobs are not those of the text that was sent: {reason}", found[1]), found[1]
+    assert len(server.seen) == 1, "asking again would cost and help nothing"
+
+
+def test_a_text_that_fails_for_good_stops_the_rest_if_the_caller_wants_it(serve):
+    server = serve(lambda number, body: (400, {}, f"too many {KEY}".encode()) if body["prompt"][1] == 7 else scores())
+
+    def stop(number, found, reason):
+        if found is None:
+            raise ValueError(reason)
+
+    texts = [(5, 7 if at == 3 else 17, 3) for at in range(30)]
+    with pytest.raises(ValueError, match=r"^status 400: too many \[key\]$"):
+        score(texts, settings(server, prompt_logprobs=2, concurrency=2), stop)
+    assert len(server.seen) < 10
 
 
 def test_tokens_by_what_they_write():
@@ -431,14 +525,17 @@ def test_an_answer_is_written_as_soon_as_it_is_there_and_never_paid_twice(serve,
 
 
 def test_what_must_be_set():
-    with pytest.raises(ValueError, match="served.base_url must be set, got ''; --model=served asks there"):
+    with pytest.raises(ValueError, match="served.base_url must be set, got ''; a server is asked there"):
         answer([], config.Served(model="x"), config.Generation(), print)
     with pytest.raises(ValueError, match="served.model must be set, got ''"):
         answer([], config.Served(base_url="http://x"), config.Generation(), print)
-    secret = config.Served(base_url="http://me:hush@x", model="x")
-    with pytest.raises(ValueError, match="served.base_url must be without a name and password") as raised:
-        answer([], secret, config.Generation(), print)
-    assert "hush" not in str(raised.value)
+    for url in ("http://me:hush@x", "http://x/v1?key=hush"):
+        secret = config.Served(base_url=url, model="x")
+        with pytest.raises(ValueError, match="served.base_url must be without a name, password and query") as raised:
+            answer([], secret, config.Generation(), print)
+        assert "hush" not in str(raised.value)
+    with pytest.raises(ValueError, match="served.model must be set, got ''"):
+        score([], config.Served(base_url="http://x"), print)
     with pytest.raises(ValueError, match="served.api_key_env must be the name of an environment variable") as raised:
         answer([], config.Served(base_url="http://x", model="x", api_key_env=KEY), config.Generation(), print)
     assert KEY not in str(raised.value)
@@ -446,7 +543,7 @@ def test_what_must_be_set():
 
 def test_the_package_must_be_there(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ValueError, match="--model=served must have the package openai, got none; .*pip install openai"):
+    with pytest.raises(ValueError, match="the package openai must be there .*, got none; .*pip install openai"):
         answer([], config.Served(base_url="http://x", model="x"), config.Generation(), print)
 
 

@@ -15,7 +15,7 @@ DEPENDS = {"model": "abc", "generation.temperature": 1.0, "generation.stop": ("\
 MADE = {"command": "python -m launch.generate"}
 ONE = Rollout("a", 0, "zwölf \ud800 \u2028 12", "stop", -1.25, (5, 9))
 TWO = Rollout("a", 1, "", "length", -3.5, ())
-SERVED = Rollout("b", 0, "x", "stop", chosen=(["x", -0.5],), top=([["x", -0.5], [[195], -1.0]],), prompt_top=(None,))
+SERVED = Rollout("b", 0, "x", "stop", chosen=(["x", -0.5],), top=([["x", -0.5], [[195], -1.0]],))
 
 
 def lines(folder):
@@ -38,7 +38,7 @@ def test_what_is_appended_is_read_back(tmp_path):
         "finish": "stop",
     }
     assert json.loads(second)["tokens"] == []
-    assert set(json.loads(third)) == {"id", "sample", "response", "finish", "logp", "chosen", "top", "prompt_top"}
+    assert set(json.loads(third)) == {"id", "sample", "response", "finish", "logp", "chosen", "top"}
     assert rest == b""
     assert read_manifest(tmp_path / "out")["made"] == MADE
     assert read_rollouts(tmp_path / "nowhere") == []

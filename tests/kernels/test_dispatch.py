@@ -106,3 +106,10 @@ def test_an_explicit_name_never_falls_back():
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match=r"implementation of some_op must be .*got 'palas_tpu'.*'pallas_tpu'"):
         choose("palas_tpu")
+
+
+def test_a_setting_for_several_ops():
+    """A kernel that others have leaves the choice to an op without it; what nobody has stays, to be refused."""
+    table = dict.fromkeys(("reference", "xla"))
+    found = {name: _dispatch.or_default(table, name) for name in ("reference", "xla", "pallas_tpu", "palas_tpu", None)}
+    assert found == {"reference": "reference", "xla": "xla", "pallas_tpu": None, "palas_tpu": "palas_tpu", None: None}

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from kdjax.config import Prompts
 from kdjax.curation.answers import selected
+from kdjax.curation.answers.scores import SCORES
 from kdjax.data.prompts import load_prompts, split_prompts
 from kdjax.data.styles import STYLES, scripted
 
@@ -94,8 +96,19 @@ def test_a_pool_is_verified_scored_and_selected_once(call, typed, tmp_path, monk
     measured = lines(run / "answers/yardstick.jsonl")
     assert len({line["id"] for line in measured}) == 3
     assert all(line["gradient"] > 0 and abs(line["gain"]) > 0 for line in measured)
-    table = again.split("against the gain")[0].splitlines()
-    assert {"head_norm", "scas", "grape", "shortest"} <= {line.split()[0] for line in table if line}
+    tables = [part.splitlines() for part in again.split("against ")[1:]]
+    names = {name for name in SCORES if not name.endswith("_no_diag")} | {"shortest"}
+    assert names <= {line.split()[0] for line in tables[0]}
+    assert names | {"gradient"} <= {line.split()[0] for line in tables[1]}
+    (exact,) = (line.split() for line in tables[0] if line.startswith("grand"))
+    assert exact[1:3] == ["3", "1.00"], "the same gradient"
+    call("curate", *typed(run, answers__score="lalp"))
+    alone = {line["row"]: line["figures"] for line in lines(file) if "local_logp" in (line["figures"] or {})}
+    for line in measured:
+        np.testing.assert_allclose(line["figures"]["gradient_norm"], line["gradient"] ** 0.5, rtol=1e-9)
+        for name, value in alone[line["row"]].items():
+            pair = np.array([line["figures"][name], value], float)  # null is NaN
+            np.testing.assert_allclose(*pair, rtol=1e-4, atol=1e-6, err_msg=name)
     with pytest.raises(ValueError, match=r"^--yardstick must be at most \d+, got 99; of the "):
         call("curate", *typed(run, "--yardstick=99"))
 
@@ -125,6 +138,32 @@ def test_scores_that_need_more_than_a_pass(call, typed, tmp_path, score, figure)
     assert np.ptp(values) > 0
     assert len(list(selected.read_selected(tmp_path / "run"))) == len(QUESTIONS)
 
+    asked, page = QUESTIONS[0].id, tmp_path / "x.html"
+    command = typed(tmp_path / "run", f"--explain={asked}", f"--out={page}", answers__score=score)
+    call("curate", *command)
+    of = [line["figures"] for line in lines(file)]
+    columns = {name: np.array([f.get(name) for f in of], float) for name in (*of[0], figure)}
+    order = {
+        "grand": lambda: columns["gradient_norm"],
+        "lalp": lambda: -columns["local_logp"],
+        "aslec_casl": lambda: columns["answer_nll"] + slope(columns) * columns["first_share"],
+    }[score]()
+    preferred = sorted(
+        (value, line["teacher"]) for value, line in zip(order, lines(file), strict=True) if line["id"] == asked
+    )
+    rows = re.findall(
+        r'<tr(?: class="chosen")?><td data-value="(\d*)">[^<]*</td><td class="who"><a[^>]*>(\w+)<', page.read_text()
+    )
+    assert rows == [*((str(at), name) for at, (_, name) in enumerate(preferred, 1)), ("", "words")]
+
+
+def slope(columns):
+    """Of the share of first tokens, beside the other two figures of ASLEC-CASL and a constant."""
+    design = np.stack([columns["rest_logp"], columns["first_logp"], columns["first_share"], columns["answer_nll"]], 1)
+    design = design[np.isfinite(design).all(1)]
+    x, y = np.concatenate([design[:, :3], np.ones((len(design), 1))], 1), -design[:, 3]
+    return np.linalg.solve(x.T @ x, x.T @ y)[2]
+
 
 def test_a_question_is_explained(call, typed, tmp_path):
     run, page = tmp_path / "run", tmp_path / "x.html"
@@ -135,6 +174,11 @@ def test_a_question_is_explained(call, typed, tmp_path):
     chosen = next(one.teacher_name for one in selected.read_selected(run) if one.id == asked)
     assert f"Selected: {chosen}." in text
     assert all(name in text for name in TEACHERS)
+    of_teachers = typed(
+        run, f"--explain={asked}", f"--out={page}", answers__policy="best_teacher", answers__score="car"
+    )
+    call("curate", *of_teachers)
+    assert re.search(r"ranked by scas, lowest\s+first", page.read_text()), "answers.score rates teachers here"
     with pytest.raises(ValueError, match="^--explain must be the id of a question of prompts.path, got 'sum9'"):
         call("curate", *typed(run, "--explain=sum9", f"--out={page}"))
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
 from kdjax.config import Loss
@@ -21,8 +23,9 @@ from kdjax.curation.snr import project
 from kdjax.kernels.linear_divergence import linear_divergence
 from kdjax.kernels.linear_stats import linear_stats
 from kdjax.losses.cross_entropy import cross_entropy
-from kdjax.step import LanguageModel
-from kdjax.types import Array, Batch, Params
+from kdjax.sharding import Rules
+from kdjax.step import LanguageModel, side_specs
+from kdjax.types import Array, Batch, Head, Params
 
 ROUND_UP = 32  # widths of rows, so that few programs compile
 Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # int32 [T] ids, bool [T] positions A, bool [T] positions Q
@@ -68,19 +71,26 @@ def last_layer(leaf: str = "w_up") -> Callable[[Params], Array]:
 
 
 def make_answer_gradient(
-    model: LanguageModel, *, leaves: Leaves | None = None, question: bool = False, dimensions: int = 0, seed: int = 0
+    model: LanguageModel,
+    rules: Rules = Rules(),
+    *,
+    leaves: Leaves | None = None,
+    question: bool = False,
+    dimensions: int = 0,
+    seed: int = 0,
 ) -> Callable[[Params, Array, Array, Array, Array], AnswerGradient]:
     """gradient(params, tokens, length, answer, question) of one row; tokens int32 [T] padded after `length`.
 
     answer, question: bool [T], the positions of A and Q; a token is predicted by the state before it, so position 0 has
     no loss. To be jitted; under `jax.vmap` over the last four it holds as many gradients as there are rows. Without
-    `question` the second backward pass is left out.
+    `question` the second backward pass is left out. On a mesh each part of the batch axis has a copy of the row, which
+    gives its share of the gradient: many devices make it fit, not fast. To be projected each leaf is gathered.
     """
 
     def gradient(params: Params, tokens: Array, length: Array, answer: Array, question_mask: Array) -> AnswerGradient:
         masks = (answer, question_mask) if question else (answer,)
-        values, pull = jax.vjp(lambda p: _mean_nlls(model, p, tokens, length, masks), params)
-        one, zero = jnp.ones(()), jnp.zeros(())
+        values, pull = jax.vjp(lambda p: _mean_nlls(model, rules, p, tokens, length, masks), params)
+        one, zero = jnp.ones_like(values[0]), jnp.zeros_like(values[0])
         (own,) = pull((one, zero) if question else (one,))
         (other,) = pull((zero, one)) if question else (None,)
         return AnswerGradient(
@@ -90,22 +100,22 @@ def make_answer_gradient(
             question_nll=values[1] if question else None,
             cross=_inner(own, other) if question else None,
             question_norm=_inner(other, other) if question else None,
-            projected=project(own, dimensions, seed) if dimensions else None,
+            projected=project(_whole(own, rules), dimensions, seed) if dimensions else None,
         )
 
     return gradient
 
 
 def make_gradient_pass(
-    model: LanguageModel, **options: Any
+    model: LanguageModel, rules: Rules = Rules(), *, finite: bool = True, **options: Any
 ) -> Callable[[Params, Iterable[Row]], Iterator[AnswerGradient]]:
     """run(params, rows) -> of each row the `AnswerGradient` on the host, one row at a time.
 
     options: those of `make_answer_gradient`. One program is compiled per width, a multiple of ROUND_UP. Raises
-    ValueError for a row with an empty A (or an empty Q, if the question is asked for), or with a gradient that is not
-    finite.
+    ValueError for a row with an empty A (or an empty Q, if the question is asked for), and, with `finite`, for one with
+    a gradient that is not finite.
     """
-    gradient = jax.jit(make_answer_gradient(model, **options))
+    gradient = jax.jit(make_answer_gradient(model, rules, **options))
 
     def run(params: Params, rows: Iterable[Row]) -> Iterator[AnswerGradient]:
         for at, (ids, answer, question) in enumerate(rows):
@@ -118,8 +128,8 @@ def make_gradient_pass(
                     )
             room = -len(ids) % ROUND_UP
             padded = [np.pad(each, (0, room)) for each in (ids, answer, question)]
-            found = jax.device_get(gradient(params, padded[0], np.int32(len(ids)), *padded[1:]))
-            if not np.isfinite(found.norm):
+            found = jax.device_get(gradient(params, *_repeated((padded[0], np.int32(len(ids)), *padded[1:]), rules)))
+            if finite and not np.isfinite(found.norm):
                 raise ValueError(f"rows must have finite gradients, got one that is not in row {at}. Leave it out.")
             yield found
 
@@ -140,7 +150,7 @@ def make_gain(
 
     def update(params: Params, row: tuple[Array, ...]) -> Params:
         tokens, length, answer = row
-        own = jax.grad(lambda p: _mean_nlls(model, p, tokens, length, (answer,))[0])(params)
+        own = jax.grad(lambda p: _mean_nlls(model, Rules(), p, tokens, length, (answer,))[0])(params)
         return optax.apply_updates(params, optimiser.update(own, optimiser.init(params), params)[0])
 
     updated, of_probe = jax.jit(update), jax.jit(functools.partial(_probe_loss, model))
@@ -177,17 +187,49 @@ def _as_batch(tokens: Array, lengths: Array) -> Batch:
 
 
 def _mean_nlls(
-    model: LanguageModel, params: Params, tokens: Array, length: Array, masks: tuple[Array, ...]
+    model: LanguageModel, rules: Rules, params: Params, tokens: Array, length: Array, masks: tuple[Array, ...]
 ) -> tuple[Array, ...]:
     """Of one row [T] the mean NLL over each mask [T], to be differentiated."""
-    hidden, head = model.hidden(params, _as_batch(tokens[None], length[None]))[0], model.head(params)
+    copies = rules.batch_shards
     labels, places = jnp.roll(tokens, -1), jnp.arange(tokens.shape[0], dtype=jnp.int32)
-    term, found = cross_entropy(Loss()), []
+    weights = []
     for mask in masks:
         at = jnp.roll(mask & (places > 0) & (places < length), -1).astype(jnp.float32)
-        weight = at / jnp.maximum(at.sum(), 1.0)
-        found.append(linear_divergence(hidden, head, None, None, labels, weight, [term], [1.0])[0])
-    return tuple(found)
+        weights.append(at / (jnp.maximum(at.sum(), 1.0) * copies))
+
+    def spread(row: Array) -> Array:
+        return rules.reshard(jnp.broadcast_to(row, (copies, *row.shape)), rules.batch_spec(row.ndim + 1))
+
+    def local(hidden: Array, head: Head, labels: Array, weights: Array) -> Array:
+        ((hidden, head),) = rules.with_heads([(hidden, head)], [specs])
+        flat, term = hidden.reshape(-1, hidden.shape[-1]), cross_entropy(Loss())
+        each = [
+            linear_divergence(
+                flat, head, None, None, labels.reshape(-1), own, [term], [1.0], implementation=rules.kernels
+            )[0]
+            for own in weights.transpose(1, 0, 2).reshape(len(masks), -1)
+        ]
+        return rules.sum_over_batch(jnp.stack(each))
+
+    specs = side_specs(model, rules)
+    batch = jax.tree.map(spread, _as_row(tokens, length))
+    run = rules.rowwise(local, (*specs, rules.batch_spec(2), rules.batch_spec(3)), P())
+    found = run(model.hidden(params, batch), model.head(params), spread(labels), spread(jnp.stack(weights)))
+    return tuple(found[number] for number in range(len(masks)))
+
+
+def _as_row(tokens: Array, length: Array) -> Batch:
+    """A row [T] as a batch without its first axis."""
+    return jax.tree.map(lambda column: column[0], _as_batch(tokens[None], length[None]))
+
+
+def _repeated(row: Any, rules: Rules) -> Any:
+    """The same on all devices."""
+    return row if rules.mesh is None else jax.device_put(row, NamedSharding(rules.mesh, P()))
+
+
+def _whole(tree: Any, rules: Rules) -> Any:
+    return jax.tree.map(lambda leaf: rules.reshard(leaf, P()), tree)
 
 
 def _probe_loss(model: LanguageModel, params: Params, tokens: Array, lengths: Array, answers: Array) -> Array:
@@ -201,4 +243,4 @@ def _probe_loss(model: LanguageModel, params: Params, tokens: Array, lengths: Ar
 def _inner(one: Any, other: Any) -> Float[Array, ""]:
     """<one, other> over all leaves, float32."""
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    return sum((jnp.vdot(a.astype(jnp.float32), b.astype(jnp.float32)) for a, b in pairs), start=jnp.zeros(()))
+    return sum((jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32)) for a, b in pairs), start=jnp.zeros(()))

@@ -1,4 +1,4 @@
-"""The figures that a score reads, of all answers that have none of this student yet: one pass, or a few.
+"""The figures that scores read, of answers that have none of this student yet: one pass, or a few.
 
 Most come from one forward pass (scorer.py). Scores that look at steps read the NLL of each token, LALP scores steps by
 themselves in a second pass, and "grand" takes a backward pass per answer.
@@ -7,7 +7,8 @@ themselves in a second pass, and "grand" takes a backward pass per answer.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from kdjax import config, registry
 from kdjax.curation.answers.encode import Coding, Encoded, EncodedAnswer, Tokens, encode
 from kdjax.curation.answers.gradients import make_gradient_pass, rows_of
 from kdjax.curation.answers.scored import ScoredFile
-from kdjax.curation.answers.scorer import FIGURES, USUAL, AnswerScorer, Scored, make_answer_scorer, usual_figures
+from kdjax.curation.answers.scorer import FIGURES, AnswerScorer, Scored, make_answer_scorer, usual_figures
 from kdjax.curation.answers.scores import SCORES, Context
 from kdjax.curation.answers.steps import fit_casl, lalp, local_rows, step_figures, steps_of_tokens
 from kdjax.curation.answers.verify import Admitted, admitted_answers
@@ -24,7 +25,6 @@ from kdjax.sharding import Rules
 from kdjax.step import LanguageModel
 from kdjax.types import Params
 
-FORWARD = (*USUAL, "top_brier")  # figures of one pass
 STEPS = ("rest_logp", "first_logp", "first_share")
 LOCAL, GRADIENT = "local_logp", "gradient_norm"
 BUFFER = 64  # answers whose steps are scored together
@@ -40,21 +40,26 @@ def make_measurer(
     of: Coding,
     rules: Rules = Rules(),
     *,
+    needs: Collection[str] | None = None,
+    tokens: bool = False,
     on_call: OnCall | None = None,
 ) -> Measurer:
     """measure(student_params, (question, {row: text}) ...) -> a `Scored` per answer, in any order.
 
-    The figures are those of every forward pass and what answers.score needs besides. on_call: as in `scorer.py`, of the
-    passes forward. Raises ValueError for an unknown score, and as `make_answer_scorer` does.
+    The figures are those of every forward pass and `needs` besides, of several scores at once if that is wanted; None =
+    what answers.score needs. tokens: whether each answer comes with its `TokenFigures`. on_call: as in `scorer.py`, of
+    the passes forward. Raises ValueError for an unknown score or figure, and as `make_answer_scorer` does.
     """
-    needs = registry.lookup(SCORES, settings.score, "answers.score").needs
+    needs = registry.lookup(SCORES, settings.score, "answers.score").needs if needs is None else needs
+    for name in needs:
+        registry.lookup(dict.fromkeys((*FIGURES, *STEPS, LOCAL, GRADIENT)), name, "needs")
     steps, local, gradient = any(name in STEPS for name in needs), LOCAL in needs, GRADIENT in needs
     usual = usual_figures(model)
     wanted = (*usual, *(name for name in needs if name in FIGURES and name not in usual))
-    scorer = make_answer_scorer(model, settings, of.seq_len, rules, figures=wanted, tokens=steps or local)
+    scorer = make_answer_scorer(model, settings, of.seq_len, rules, figures=wanted, tokens=tokens or steps or local)
     alone = make_answer_scorer(model, settings, of.seq_len, rules, figures=("answer_nll",), tokens=True)
 
-    backward = make_gradient_pass(model)
+    backward = make_gradient_pass(model, rules)
 
     def measure(params: Params, questions: Iterable[tuple[Encoded, dict[str, str]]]) -> Iterator[Scored]:
         texts: Texts = {}
@@ -74,6 +79,11 @@ def make_measurer(
     return measure
 
 
+def measurable(model: LanguageModel) -> tuple[str, ...]:
+    """All figures that a measurer can give of this student's answers."""
+    return (*usual_figures(model), "top_brier", *STEPS, LOCAL, GRADIENT)
+
+
 def unscored(
     admitted: Admitted, settings: config.Answers, scored: ScoredFile, of: Coding
 ) -> Iterator[tuple[Encoded, dict[str, str]]]:
@@ -90,6 +100,19 @@ def context_of(settings: config.Answers, scored: ScoredFile) -> Context:
     if settings.score != "aslec_casl":
         return Context(settings.question_share)
     return Context(settings.question_share, fit_casl([line.values for line in scored if not line.error])["share"])
+
+
+def fitted_context(question_share: float, figures: Sequence[Mapping[str, Any]]) -> Context:
+    """What any score reads besides figures, with the slope of ASLEC-CASL fitted over these answers.
+
+    Where they do not determine it, it is NaN, and a warning says why.
+    """
+    slope = math.nan
+    try:
+        slope = fit_casl(figures)["share"]
+    except ValueError as error:
+        warnings.warn(f"aslec_casl is left out, for want of its slope: {error}", stacklevel=2)
+    return Context(question_share, slope)
 
 
 def _remembered(questions: Iterable[tuple[Encoded, dict[str, str]]], texts: Texts) -> Iterator[Encoded]:

@@ -21,7 +21,7 @@ from kdjax import config, registry
 from kdjax.curation.answers.encode import Encoded, EncodedAnswer
 from kdjax.curation.answers.layout import GROUP, AnswerBatch, Group, Shape, arrays_of, groups_of
 from kdjax.data import fed_places, on_mesh
-from kdjax.kernels.head_gradient import HeadGradient, answer_gradient
+from kdjax.kernels.head_gradient import HeadGradient, answer_gradient, implementation_of
 from kdjax.kernels.linear_stats import linear_stats
 from kdjax.models.shared_prefix import DEFAULT, TAPS
 from kdjax.sharding import Rules
@@ -199,8 +199,9 @@ def _head_figures(
     asked = gather_slots(hidden, batch.question_before), gather_slots(batch.tokens, batch.question_place)
     weights, asked_weights = _mean_weights(inside), _mean_weights(batch.question_told)
     ranked = "rank_sum" in figures
+    implementation = implementation_of(kernels)
     found = answer_gradient(
-        slots, head, labels, weights, question=(*asked, asked_weights), rank=ranked, implementation=kernels
+        slots, head, labels, weights, question=(*asked, asked_weights), rank=ranked, implementation=implementation
     )
     brier = jnp.where(inside, found.brier, 0.0)
     nll = jnp.where(inside, -found.label_logp, 0.0)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from kdjax import config, registry
-from kdjax.curation.answers.scores import SCORES
+from kdjax.curation.answers.scores import SCORES, AnswerScore
+from kdjax.curation.answers.teacher_scores import TEACHER_SCORES, TeacherScore
 
 MIX_LONG = 0.2  # mix: share of the questions with a long answer, long : short = 1 : 4 in the code of 2502.12143
 
@@ -111,11 +112,15 @@ def _mix(valid: Sequence[Pick], settings: config.Answers, draws: random.Random) 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """pick: of the valid answers. scores, lengths: does it read these? none: why a question is left with nothing."""
+    """pick: of the valid answers. scores, lengths: does it read these? teachers: are they scored in place of answers?
+
+    none: why a question is left with nothing.
+    """
 
     pick: Callable[[Sequence[Pick], config.Answers, random.Random], list[Pick]]
     scores: bool = False
     lengths: bool = False
+    teachers: bool = False
     none: str = "no_valid_answer"
 
 
@@ -128,6 +133,7 @@ POLICIES: dict[str, Policy] = {
     "longest": Policy(_longest, lengths=True),
     "strongest": Policy(_teacher, none="other_teachers"),  # of the teacher that is right most often
     "teacher": Policy(_teacher, none="other_teachers"),  # of answers.teacher
+    "best_teacher": Policy(_teacher, teachers=True, none="other_teachers"),  # of whom answers.score rates best
     "mix": Policy(_mix, lengths=True),  # long and short answers, 2502.12143
 }
 
@@ -137,6 +143,22 @@ def policy_of(settings: config.Answers) -> Policy:
     return registry.lookup(POLICIES, settings.policy, "answers.policy")
 
 
+def score_of(settings: config.Answers) -> AnswerScore | TeacherScore:
+    """What answers.score names: a score of teachers with policy "best_teacher", of answers with the others.
+
+    Raises ValueError for an unknown one, which says so if it is of the other kind.
+    """
+    of_teachers = policy_of(settings).teachers
+    table: Mapping[str, AnswerScore | TeacherScore] = TEACHER_SCORES if of_teachers else SCORES
+    if settings.score not in table and settings.score in (SCORES if of_teachers else TEACHER_SCORES):
+        kind, needed = ("teachers", "'group' or 'best'") if of_teachers else ("answers", "'best_teacher'")
+        raise ValueError(
+            f"answers.score must rate {kind} with answers.policy={settings.policy!r}, got {settings.score!r}, which is "
+            f"for answers.policy={needed}.{registry.did_you_mean(settings.score, table)}"
+        )
+    return registry.lookup(table, settings.score, "answers.score")
+
+
 def choose(
     question: str, scored: Sequence[ScoredAnswer], settings: config.Answers, draws: random.Random
 ) -> Chosen | Dropped:
@@ -144,15 +166,16 @@ def choose(
 
     Answers are ranked by (score, teacher, row), the preferred first whether its score is low or high, and without
     scores taken in the order of (teacher, row): the order of `scored` does not matter. draws: one generator for all
-    questions, which come in the order of their ids as JSON. answers.policy "strongest" takes answers.teacher, which is
-    then the name of the strongest. Raises ValueError for an unknown policy or score, and for a row that comes twice.
+    questions, which come in the order of their ids as JSON. answers.policy "strongest" and "best_teacher" take
+    answers.teacher, which is then the name of that one. Raises ValueError for an unknown policy or score, and for a row
+    that comes twice.
     """
     policy = policy_of(settings)
     if len({answer.row for answer in scored}) < len(scored):
         raise ValueError(f"the answers to {question!r} must be different rows, got one twice.")
     valid = [answer for answer in scored if not answer.error]
     if policy.scores:
-        sign = 1 if registry.lookup(SCORES, settings.score, "answers.score").lower else -1
+        sign = 1 if score_of(settings).lower else -1
         valid = [answer for answer in valid if math.isfinite(answer.score)]
         valid.sort(key=lambda answer: (sign * answer.score, answer.teacher, answer.row))
         count = len(valid)

@@ -4,7 +4,9 @@
 
 score_key "" and score_value null, score_rank and group 0 where the policy reads no score. The manifest has "sha256" of
 the file, what it depends on, and counts that add up: selected + dropped questions are all, considered + not_drawn
-answers are the admitted ones, valid + errors are the considered ones.
+answers are the admitted ones, valid + errors are the considered ones. With policy "best_teacher" also "teacher_scores",
+{teacher: its score or null}, the best first, "common_questions" and "rated_questions"; see best_teacher.py. With
+answers.families the counts have "same_family": how many of the admitted and of the selected answers are of these.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from kdjax import config, registry
+from kdjax.curation.answers.best_teacher import Rated
 from kdjax.curation.answers.pool import Candidate
 from kdjax.curation.answers.released import as_released
 from kdjax.curation.answers.scored import ScoredFile
@@ -58,18 +61,19 @@ def select(
     scored: ScoredFile | None = None,
     measure: Measure | None = None,
     context: Context | None = None,
+    rated: Rated | None = None,
     name: str = NAME,
 ) -> dict[str, Any]:
     """Choose for every question, write <workdir>/answers/<name>.jsonl and its manifest; returns the counts.
 
     scored: the student's figures, for policies that read scores. measure: the length of an answer in tokens and why it
-    cannot be trained on, for the others; context: of the scores (None: answers.question_share). All questions share one
-    generator of answers.seed. Raises ValueError if what the policy reads is not given or not whole, for an unknown
-    policy, score or teacher, and if nothing is selected.
+    cannot be trained on, for the others; context: of the scores (None: answers.question_share). rated: the teachers,
+    for policy "best_teacher". All questions share one generator of answers.seed. Raises ValueError if what the policy
+    reads is not given or not whole, for an unknown policy, score or teacher, and if nothing is selected.
     """
-    settings = _resolved(as_released(settings), admitted, scored, measure)
+    settings = _resolved(as_released(settings), admitted, scored, measure, rated)
     context = context or Context(question_share=settings.question_share)
-    tally, draws = _Tally(), random.Random(settings.seed)
+    tally, draws, family = _Tally(), random.Random(settings.seed), _family(settings, admitted.pool.teachers)
     path = workdir / FOLDER / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     beside, digest = path.with_name(path.name + ".tmp"), hashlib.sha256()
@@ -84,7 +88,7 @@ def select(
                 file.write(line)
         file.flush()
         os.fsync(file.fileno())
-    counts = tally.counts(admitted)
+    counts = tally.counts(admitted, family)
     if not counts["rows"]:
         beside.unlink()
         raise ValueError(
@@ -95,7 +99,8 @@ def select(
     depends = {"format": FORMAT, "pool": admitted.pool.content, "scored": scored.path.name if scored else ""}
     depends |= {"settings": dataclasses.asdict(settings)}
     os.replace(beside, path)
-    manifest = {"depends": depends, "counts": counts, "sha256": digest.hexdigest()}
+    of_teachers = rated.record() if rated is not None else {}
+    manifest = {"depends": depends, "counts": counts, **of_teachers, "sha256": digest.hexdigest()}
     write_whole(manifest_of(path), json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return counts
 
@@ -167,9 +172,11 @@ class _Tally:
         self._teachers.update(pick.answer.teacher for pick in chosen.picks)
         self._groups.update(pick.group for pick in chosen.picks)
 
-    def counts(self, admitted: Admitted) -> dict[str, Any]:
+    def counts(self, admitted: Admitted, family: Sequence[str]) -> dict[str, Any]:
         dropped = {reason: len(names) for reason, names in sorted(self._dropped.items())}
         found = admitted.counts["reasons"][""]
+        usable = sum(admitted.counts["teachers"][name][""] for name in family)
+        of_family = {"admitted": usable, "selected": sum(self._teachers[name] for name in family)}
         of_group = {}
         for group, (number, score, nll, length) in sorted(self._of_group.items()):
             means = (score / number, nll / number, length / number)
@@ -192,11 +199,15 @@ class _Tally:
             "errors": dict(sorted(self._errors.items())),
             "means_of_groups": of_group,
             "dropped_questions": dict(sorted(self._dropped.items())),
-        }
+        } | ({"same_family": of_family} if family else {})
 
 
 def _resolved(
-    settings: config.Answers, admitted: Admitted, scored: ScoredFile | None, measure: Measure | None
+    settings: config.Answers,
+    admitted: Admitted,
+    scored: ScoredFile | None,
+    measure: Measure | None,
+    rated: Rated | None,
 ) -> config.Answers:
     """The settings with the teacher that a policy takes. ValueError if something is missing."""
     policy, teachers = policy_of(settings), admitted.pool.teachers
@@ -210,12 +221,42 @@ def _resolved(
     if settings.policy == "strongest":
         shares = right_shares(admitted)
         return dataclasses.replace(settings, teacher=max(sorted(shares), key=lambda name: shares[name]))
+    if policy.teachers:
+        return dataclasses.replace(settings, teacher=_best_of(settings, rated))
     if settings.policy == "teacher" and settings.teacher not in teachers:
         raise ValueError(
             f"answers.teacher must be a teacher of answers.pool, got {settings.teacher!r}."
             + registry.did_you_mean(settings.teacher, teachers)
         )
     return settings
+
+
+def _family(settings: config.Answers, teachers: Sequence[str]) -> list[str]:
+    """The teachers of answers.families. Raises ValueError for one that has none in the pool."""
+    for name in settings.families:
+        if not name or not any(teacher.startswith(name) for teacher in teachers):
+            raise ValueError(
+                f"answers.families must say how names of teachers of answers.pool begin, got {name!r}."
+                + registry.did_you_mean(name, teachers)
+            )
+    return [teacher for teacher in teachers if teacher.startswith(tuple(settings.families))]
+
+
+def _best_of(settings: config.Answers, rated: Rated | None) -> str:
+    """The teacher with the best score."""
+    if rated is None:
+        raise ValueError(
+            f"answers.policy={settings.policy!r} must have rated teachers, got none; the student has to read answers "
+            "first. Run `python -m launch.curate`, or set another policy."
+        )
+    best = next((teacher for teacher, score in rated.scores.items() if math.isfinite(score)), None)
+    if best is None:
+        raise ValueError(
+            f"answers.score={settings.score!r} must rate a teacher, got no score of {', '.join(rated.scores)}; "
+            f"together they have usable answers to {len(rated.questions)} questions. Look at data.seq_len, or set "
+            "another answers.score."
+        )
+    return best
 
 
 def _scored(
@@ -228,6 +269,8 @@ def _scored(
     """A question's answers as `choose` reads them, and d_A by row where they are scored."""
     if not policy_of(settings).scores or scored is None:
         measured = [(0, "") if measure is None else measure(one) for one in candidates]
+        if scored is not None:
+            measured = [(n, why or scored[one.row].error) for one, (n, why) in zip(candidates, measured, strict=True)]
         rows = zip(candidates, measured, strict=True)
         return [ScoredAnswer(one.row, one.teacher, length=n, error=error) for one, (n, error) in rows], {}
     missing = [one for one in candidates if one.row not in scored]

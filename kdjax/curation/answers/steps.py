@@ -74,7 +74,7 @@ def step_figures(nll: Float[np.ndarray, "A"], step_of: Sequence[int], skipped: i
     }
 
 
-def fit_casl(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def fit_casl(figures: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
     """ASLEC-CASL: {"rest", "first", "share", "constant"}, by least squares over all answers of the pool.
 
     -answer_nll ~ rest * rest_logp + first * first_logp + share * first_share + constant; `share` is the gamma that

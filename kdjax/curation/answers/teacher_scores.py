@@ -25,8 +25,8 @@ SMALLEST = 1e-12
 # Of one teacher's N answers, by name, arrays [N]:
 #   answer_nll, n_answer, rank_sum: figures of answers, see scores.py.
 #   question: a number per question, the same for all answers to it.
-#   reward: any number, higher is better. With 1 and 0 for right and wrong its mean is the share of right answers: give
-#     it, and the figures, of all answers then, not of the verified ones alone.
+#   reward: any number, higher is better; its mean is read. With 1 and 0 for right and wrong give it, and the figures,
+#     of all answers, not of the verified ones alone; or the share of right ones for each answer, as best_teacher.py.
 #   gradients: [N, D], `AnswerGradient.projected` with one seed for all teachers.
 TeacherAnswers = Mapping[str, np.ndarray]
 

@@ -22,10 +22,18 @@ from kdjax.kernels.head_gradient import reference, xla
 from kdjax.kernels.head_gradient.api import HeadGradient, Rows
 from kdjax.types import Head
 
-__all__ = ["DECLINES", "IMPLEMENTATIONS", "HeadGradient", "answer_gradient"]
+__all__ = ["DECLINES", "IMPLEMENTATIONS", "HeadGradient", "answer_gradient", "implementation_of"]
 
 IMPLEMENTATIONS = {"reference": reference.answer_gradient, "xla": xla.answer_gradient}
 DECLINES: dict[str, _dispatch.Declines] = {}
+
+
+def implementation_of(kernels: str | None) -> str | None:
+    """This op's implementation under a setting for all vocabulary kernels, `mesh.kernels`; None = the platform's first.
+
+    So too for kernels that other ops have and this one lacks. A misspelt name stays, and is refused at the call.
+    """
+    return _dispatch.or_default(IMPLEMENTATIONS, kernels)
 
 
 def answer_gradient(

@@ -10,11 +10,12 @@ import pytest
 
 from kdjax import models
 from kdjax.build.parts import language_model
+from kdjax.config import Mesh
 from kdjax.curation import snr
 from kdjax.curation.answers import gradients
 from kdjax.curation.answers.encode import Encoded, EncodedAnswer, Tokens
 from kdjax.models import synthetic
-from kdjax.sharding import Rules
+from kdjax.sharding import Rules, make_rules
 from tests.curation.answers import plain_llama as plain
 
 QUESTION, VOCAB = 7, 50
@@ -104,6 +105,25 @@ def test_the_second_pass_is_left_out_and_rows_may_be_mapped(student):
         )
 
 
+@pytest.mark.parametrize("mesh", [Mesh("fsdp"), Mesh("fsdp_tp", "data:2,model:2")], ids=str)
+def test_a_mesh_gives_the_same_gradients(student, mesh):
+    """The copies of a row on its devices add up to one."""
+    cfg, _, _ = student
+    cfg = dataclasses.replace(cfg, kv_heads=2)  # for two parts
+    rules = make_rules(mesh)
+    specs = models.param_specs(cfg)
+    rng = np.random.default_rng(2)
+    plainly = jax.tree.map(lambda s: jnp.asarray(s.init.mean + s.init.std * rng.normal(size=s.shape)), specs)
+    placed = jax.tree.map(lambda leaf, s: jax.device_put(leaf, rules.storage(s.axes, s.shape)), plainly, specs)
+    options = {"question": True, "dimensions": 64, "seed": 3}
+    one = gradients.make_gradient_pass(language_model(cfg, Rules(), VOCAB, jnp.float32), **options)
+    many = gradients.make_gradient_pass(language_model(cfg, rules, VOCAB, jnp.float32), rules, **options)
+    for found, want in zip(many(placed, [row(5)]), one(plainly, [row(5)]), strict=True):
+        for name in ("answer_nll", "question_nll", "norm", "cross", "question_norm"):
+            np.testing.assert_allclose(getattr(found, name), getattr(want, name), rtol=1e-5, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(found.projected, want.projected, atol=1e-5 * np.linalg.norm(want.projected))
+
+
 def test_the_last_up_projection_falls_apart_into_positions(student):
     """||grad_W L_A||^2 = n^-2 sum <delta_s, delta_t> <z, z'>, states taken where a token is predicted."""
     cfg, params, model = student
@@ -145,6 +165,8 @@ def test_rows_without_a_loss_are_refused(student):
     broken = params | {"embed": params["embed"].at[ids[0]].set(jnp.nan)}
     with pytest.raises(ValueError, match=r"rows must have finite gradients, got one that is not in row 0"):
         list(gradients.make_gradient_pass(model)(broken, [(ids, answer, question)]))
+    (found,) = gradients.make_gradient_pass(model, finite=False)(broken, [(ids, answer, question)])
+    assert not np.isfinite(found.norm)
 
 
 def test_a_gain_is_what_one_update_lowers(student):

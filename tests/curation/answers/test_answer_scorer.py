@@ -18,7 +18,9 @@ from kdjax.curation.answers import layout, scorer
 from kdjax.curation.answers.encode import Encoded, EncodedAnswer, Tokens
 from kdjax.curation.answers.layout import AnswerBatch
 from kdjax.curation.answers.scorer import FIGURES, SIMILARITIES, USUAL, make_answer_scorer, make_answer_step
+from kdjax.kernels import head_gradient
 from kdjax.sharding import Rules, make_rules
+from launch.bench_answers import matmul_flops
 
 SEQ_LEN = 96
 ROUNDING = {"rel": 1e-5, "abs": 1e-5}
@@ -115,6 +117,26 @@ def test_the_question_is_the_same_for_all_its_answers():
 def test_eight_devices_score_as_one(mesh):
     asked = [questions()[0], question("b", np.random.default_rng(1), 11, (4, 9, 2))]  # of one shape
     assert_same(score(asked, mesh=mesh), score(asked))
+
+
+@pytest.mark.parametrize(("kernels", "ran"), [("pallas_tpu", "xla"), ("reference", "reference")])
+def test_kernels_of_training_that_scores_have_not(kernels, ran, monkeypatch):
+    """The head's gradient has no Pallas kernels: mesh.kernels leaves the choice to it then, and only then."""
+    used = []
+    for name, function in head_gradient.IMPLEMENTATIONS.items():
+        counted = functools.partial(lambda name, function, *args: used.append(name) or function(*args), name, function)
+        monkeypatch.setitem(head_gradient.IMPLEMENTATIONS, name, counted)
+    asked, (model, params, _) = questions()[1:2], student()
+    run = make_answer_scorer(model, Answers(), SEQ_LEN, make_rules(Mesh(kernels=kernels)), room=256)
+    found = {each.row: each for each in run(params, asked)}
+    assert set(used) == {ran}
+    assert_same(found, score(asked))
+
+
+def test_a_misspelt_kernel_is_refused():
+    run = make_answer_scorer(student()[0], Answers(), SEQ_LEN, Rules(kernels="palas_tpu"))
+    with pytest.raises(ValueError, match="^implementation of head_gradient must be a known name .*got 'palas_tpu'"):
+        next(run(student()[1], questions()[1:2]))
 
 
 # --- what they are
@@ -299,6 +321,6 @@ def test_sharing_the_question_spares_work():
 
     def work(groups, shape):
         batch = jax.tree.map(jnp.asarray, layout.arrays_of(groups, shape, len(groups), True))
-        return step.lower(params, batch).compile().cost_analysis()["flops"]
+        return matmul_flops(step.trace(params, batch).jaxpr.jaxpr)
 
     assert work([group], shape) <= 0.6 * work([one for _, one in single], single[0][0])

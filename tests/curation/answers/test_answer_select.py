@@ -329,12 +329,24 @@ def test_the_strongest_teacher_is_right_most_often(tmp_path):
             "must be a teacher of answers.pool, got 'bobb'. Did you mean 'bob'",
         ),
         (Answers(policy="grup"), "answers.policy must be a known name"),
+        (
+            Answers(policy="all", families=("ada", "adda")),
+            "answers.families must say how names of teachers of answers.pool begin, got 'adda'. Did you mean 'ada'",
+        ),
+        (Answers(policy="all", families=("",)), "answers.families must say how .* begin, got ''"),
     ],
 )
 def test_what_is_missing_is_named(tmp_path, pool, settings, message):
     with pytest.raises(ValueError, match=message):
         select(tmp_path, pool, settings)
     assert not (tmp_path / "answers" / "selected.jsonl").exists()
+
+
+def test_the_share_of_the_students_family_is_counted(tmp_path, pool):
+    few = Answers(policy="all", truncated="keep", families=("ad", "cy"))
+    counts = select(tmp_path, pool, few, measure=lambda one: (3, "too_long" if one.teacher == "ada" else ""))
+    assert counts["same_family"] == {"admitted": 12, "selected": 6}, "ada's and cy's six each, ada's are too long"
+    assert "same_family" not in select(tmp_path, pool, Answers(policy="all"), measure=words)
 
 
 def test_unfinished_scores_and_empty_selections_are_refused(tmp_path, pool):
