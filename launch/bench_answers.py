@@ -57,7 +57,7 @@ def run(rounds: int) -> None:
         for first, second in PAIRS:
             ratios = [a / b for a, b in zip(times[first], times[second], strict=True)]
             of_flops = programs[first].flops / programs[second].flops
-            said = f"{statistics.median(ratios):8.2f}{of_flops:10.2f}   {min(ratios):.2f}, {max(ratios):.2f}"
+            said = f"{statistics.median(ratios):8.3f}{of_flops:10.3f}   {min(ratios):.3f}, {max(ratios):.3f}"
             for name, more in ((first, said), (second, "")):
                 own = f"{1e3 * statistics.median(times[name]):10.1f}{programs[name].flops / 1e9:10.1f}"
                 print(f"{name:28}{length:8}{own}{more}", flush=True)

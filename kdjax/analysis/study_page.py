@@ -60,12 +60,17 @@ def render(
 
 def _lead(study: Study, records: Sequence[Record]) -> str:
     base = study.base
-    covered = base.train.steps * base.train.batch_size * base.data.seq_len
+    rows = base.train.steps * base.train.batch_size
+    covers = f"{rows * base.data.seq_len:,} tokens of {base.data.path}"
+    judged = f"the same {records[0]['heldout_tokens']:,} held-out tokens"
+    if base.prompts.answers:
+        covers = f"{rows:,} answers to prompts of {base.prompts.path}"
+        judged += f" of {base.data.path}, and on answers to {base.eval.prompts} held-out prompts"
     return (
         f"{len(study.arms)} arms, seeds {', '.join(map(str, study.seeds))}; {len(records)} finished runs. Each arm "
-        f"covers {covered:,} tokens of {base.data.path}"
+        f"covers {covers}"
         + (f", and trains again for as long as {study.reference} took" if study.equal_time else "")
-        + f". Judged on the same {records[0]['heldout_tokens']:,} held-out tokens."
+        + f". Judged on {judged}."
     )
 
 
