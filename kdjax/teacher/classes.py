@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int, UInt16
 
 from kdjax import registry
 from kdjax.config import Classes
-from kdjax.kernels.linear_sample import linear_sample
+from kdjax.kernels.linear_sample import implementation_of, linear_sample
 from kdjax.kernels.topk import topk
 from kdjax.types import Head, SparseTargets
 
@@ -111,7 +111,8 @@ def sampled(config: Classes, vocab_size: int) -> ClassSampler:
         implementation: str | None = None,
     ) -> Drawn:
         uniforms = uniform_numbers(config.seed, row_id, epoch, position, entries)
-        sample = linear_sample(hidden, head, uniforms, tau, power, implementation=implementation)
+        chosen = implementation_of(implementation)
+        sample = linear_sample(hidden, head, uniforms, tau, power, implementation=chosen)
         ids = _or_unknown(sample.ids, sample.entropy)
         if power == 1:
             return Drawn(*merge(ids), sample.entropy)
@@ -145,7 +146,7 @@ def largest(kind: str, config: Classes, vocab_size: int) -> ClassSampler:
         top = topk(hidden, head, entries, implementation=implementation)
         # Which they are and how far apart their logits are does not depend on tau; the normaliser does.
         uniforms = jnp.zeros((hidden.shape[0], 0), jnp.float32)
-        softened = linear_sample(hidden, head, uniforms, tau, implementation=implementation)
+        softened = linear_sample(hidden, head, uniforms, tau, implementation=implementation_of(implementation))
         logp = softened.max_logp[:, None] + (top.logp - top.logp[:, :1]) / tau
         return Drawn(_or_unknown(top.ids, softened.entropy), encode(logp), softened.entropy)
 

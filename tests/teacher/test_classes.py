@@ -398,3 +398,14 @@ def test_an_unknown_kind_is_refused():
 def test_the_temperature_is_positive(kind):
     with pytest.raises(ValueError, match=r"^tau must be positive, got 0.0"):
         sampler(kind).draw(tiled(TEACHER, 1), EYE, *(jnp.zeros(1, jnp.int32) for _ in range(3)), 0.0)
+
+
+def test_kernels_of_other_ops_leave_the_draws_to_the_default():
+    """mesh.kernels names one implementation for all ops; the draws have no Pallas kernel."""
+    one, zeros = sampler(entries=4), jnp.zeros(3, jnp.int32)
+    where = tiled(TEACHER, 3), EYE, zeros, zeros, jnp.arange(3), 1.0
+    named, default = one.draw(*where, implementation="pallas_tpu"), one.draw(*where)
+    np.testing.assert_array_equal(named.ids, default.ids)
+    np.testing.assert_array_equal(named.codes, default.codes)
+    with pytest.raises(ValueError, match=r"implementation of linear_sample must be .*got 'palas_tpu'"):
+        one.draw(*where, implementation="palas_tpu")

@@ -13,10 +13,15 @@ from kdjax.kernels.linear_sample import reference, xla
 from kdjax.kernels.linear_sample.api import Sample
 from kdjax.types import Head
 
-__all__ = ["DECLINES", "IMPLEMENTATIONS", "Sample", "linear_sample"]
+__all__ = ["DECLINES", "IMPLEMENTATIONS", "Sample", "implementation_of", "linear_sample"]
 
 IMPLEMENTATIONS = {"reference": reference.linear_sample, "xla": xla.linear_sample}
 DECLINES: dict[str, _dispatch.Declines] = {}
+
+
+def implementation_of(kernels: str | None) -> str | None:
+    """As `head_gradient.implementation_of`: None for kernels that other ops have and this one lacks."""
+    return _dispatch.or_default(IMPLEMENTATIONS, kernels)
 
 
 def linear_sample(
