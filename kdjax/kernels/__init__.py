@@ -18,7 +18,7 @@ An op is a folder. `__init__.py` is the public function: it checks its arguments
 
 A name that is given (`implementation="xla"`, or `mesh.kernels` in a config) is taken or is an error. Without one the
 first of the platform's order that does not decline runs; each reason for passing one over is warned of once. Where
-`mesh.kernels` names a Pallas kernel, ops without (`linear_sample`, `head_gradient`: `implementation_of`) take the default.
+`mesh.kernels` names a Pallas kernel, ops without (`linear_sample`, `head_gradient`) take the default.
 
 To add an implementation of an op
   1. A module with the functions of the op's other implementations: same arguments, same results.
