@@ -7,7 +7,7 @@ Command:   for style in bare sentence equation words boxed steps tutor; do
            python -m launch.generate --config=configs/tasks/arith.py --model=teacher --samples=4 --out=runs/pool/smollm2
            python -m launch.curate   --config=configs/scas.py --workdir=runs/s
            python -m launch.train    --config=configs/scas.py --workdir=runs/s
-           python -m launch.curate   --config=configs/scas.py --workdir=runs/s --explain=sum2/34+58 --out=runs/s/x.html
+           python -m launch.curate   --config=configs/scas.py --workdir=runs/s --explain=sum2/11+55 --out=runs/s/x.html
 Hardware:  2 CPU cores, 4 GiB of memory (estimated); other models, questions and answers: --config.student.path=...
              --config.prompts.path=..., --config.answers.pool="('gpt.jsonl', 'qwen.jsonl')", a file per teacher
 Time:      4.5 minutes for the teacher's answers, 3 for one scoring of 2,312 answers, 15 for the training, with two more

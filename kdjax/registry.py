@@ -8,14 +8,16 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 Entry = TypeVar("Entry")
+MOST = 80  # names that a message lists
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """' Did you mean ...?' if something close is known, then the whole list."""
+    """' Did you mean ...?' if something close is known, then the list, the first `MOST` of it."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{hint} Known: {', '.join(known)}."
+    more = f" and {len(known) - MOST} more" if len(known) > MOST else ""
+    return f"{hint} Known: {', '.join(known[:MOST])}{more}."
 
 
 def lookup(table: Mapping[str, Entry], name: str, where: str) -> Entry:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from kdjax.registry import did_you_mean, lookup
+from kdjax.registry import MOST, did_you_mean, lookup
 
 TABLE = {"forward_kl": 1, "reverse_kl": 2, "jsd": 3}
 
@@ -54,3 +54,10 @@ def test_an_error_inside_the_imported_module_is_not_disguised(tmp_path, monkeypa
 def test_did_you_mean_lists_what_is_known_in_order():
     assert did_you_mean("x", ["b", "a"]) == " Known: a, b."
     assert did_you_mean("stepz", ["seed", "steps"]) == " Did you mean 'steps'? Known: seed, steps."
+
+
+def test_a_long_list_is_cut_and_still_has_the_close_name():
+    known = [f"question {number:03}" for number in range(300)]
+    said = did_you_mean("questoin 299", known)
+    assert said.startswith(" Did you mean 'question 299'? Known: question 000, ")
+    assert said.endswith(f"question {MOST - 1:03} and {300 - MOST} more.")
