@@ -42,6 +42,11 @@ def explain(built: Built, question: str, params: Params, workdir: Path | None, c
         settings = dataclasses.replace(settings, score=SHOWN[0])
     prompt = _prompt(load_prompts(e.prompts), question)
     pool = open_pool(settings.pool, [prompt], [])
+    if not pool.of(0):
+        raise ValueError(
+            f"--explain must be the id of a question that answers.pool answers, got {question!r}, which it does not; "
+            "questions that are kept for evaluation are mostly not asked of teachers. Take one of selected.jsonl."
+        )
     with tempfile.TemporaryDirectory() as folder:
         admitted = admit(Path(folder), pool, settings, e.prompts.verifier)
     with reader(pool) as read:

@@ -181,6 +181,10 @@ def test_a_question_is_explained(call, typed, tmp_path):
     assert re.search(r"ranked by scas, lowest\s+first", page.read_text()), "answers.score rates teachers here"
     with pytest.raises(ValueError, match="^--explain must be the id of a question of prompts.path, got 'sum9'"):
         call("curate", *typed(run, "--explain=sum9", f"--out={page}"))
+    prompts = Prompts(path="arith:sum1", size=30)
+    heldout = split_prompts(load_prompts(prompts), prompts)[0][0].id
+    with pytest.raises(ValueError, match="^--explain must be the id of a question that answers.pool answers, got 'su"):
+        call("curate", *typed(run, f"--explain={heldout}", f"--out={page}"))
 
 
 def test_rounds_and_going_on_in_the_middle(call, typed, tmp_path):
