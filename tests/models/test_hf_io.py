@@ -1,6 +1,7 @@
 """Hugging Face directories in and out, without torch: layout, dtypes, shards, meshes, atomicity, identity."""
 
 import json
+import math
 import shutil
 import tracemalloc
 
@@ -129,11 +130,14 @@ def test_leaves_arrive_on_the_shards_that_the_rules_ask_for(saved, preset):
     assert (out / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
 
 
-def test_the_host_holds_a_few_leaves_and_never_the_model(tmp_path):
+def test_the_host_holds_a_few_leaves_and_never_the_model(tmp_path, monkeypatch):
     cfg = make_config("llama", True, layers=12, width=128, heads=16, kv_heads=16, head_dim=16, mlp=256)
     params = make_params(cfg)
     out = hf_io.save_hf(tmp_path / "out", cfg, params)
     sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
+    empty = np.empty
+    # The CPU client takes an array at a multiple of 64 bytes as it is: that one is the student, and no copy of it.
+    monkeypatch.setattr(np, "empty", lambda shape, dtype: empty(math.prod(shape) + 1, dtype)[1:].reshape(shape))
     tracemalloc.start()
     hf_io.read_hf(out)
     peak = tracemalloc.get_traced_memory()[1]
