@@ -17,8 +17,6 @@ from ml_collections import ConfigDict
 
 from kdjax.config import default_config
 
-STEPS = 100
-
 
 def get_config() -> ConfigDict:
     """The paper's weight p (1 - p) from 8 answers at temperature 1, and its two stages (arXiv 2603.11178)."""
@@ -37,14 +35,11 @@ def get_config() -> ConfigDict:
     config.data.seq_len = 128
     config.data.max_train_tokens = 20_000
     config.selection.policy = "all"
-    config.on_policy.fraction = ("step", 0.0, 1.0, STEPS // 2)
-    config.loss.terms = (
-        ("forward_kl", ("step", 1.0, 0.0, STEPS // 2)),
-        ("reverse_kl", ("step", 0.0, 1.0, STEPS // 2)),
-    )
+    config.on_policy.fraction = ("step", 0.0, 1.0, "50%")  # of train.steps
+    config.loss.terms = (("forward_kl", ("step", 1.0, 0.0, "50%")), ("reverse_kl", ("step", 0.0, 1.0, "50%")))
     config.loss.reduction = "sample"
     config.train.batch_size = 8
-    config.train.steps = STEPS
+    config.train.steps = 100
     config.optim.learning_rate = 2e-5
     config.optim.warmup = 10
     return config

@@ -202,12 +202,12 @@ def _drop_after(path: Path, last: int) -> float:
     return max((float(record.get("seconds", 0.0)) for record in kept), default=0.0)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write all or nothing: a crash leaves the old file or the new one. Folders are made."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write all or nothing: a crash leaves the old file or the new one. Folders are made; text is UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(beside, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)

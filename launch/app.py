@@ -21,6 +21,10 @@ if not processes.tpu_chips():
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
+# The CUDA plugin, a compiler like it, complains where CUDA libraries are missing; without a GPU nothing needs them.
+if not processes.nvidia_gpus():
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
 FLAGS = flags.FLAGS
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")  # --config.train.steps=3, --noconfig.log.tensorboard
 
@@ -130,7 +134,14 @@ def _field(path: str) -> Any:
 
 
 def _explained(message: str) -> str:
-    """absl's message about a value of another type in the form of our own; the others as they are."""
+    """absl's message about a value of another type in the form of our own; the others as they are.
+
+    Of a config file that refuses its argument (configs/x.py:row) what it says; mistakes in it keep their traceback.
+    """
+    refusal = r"whilst parsing config file:.*\nValueError: ([^\n]* must be [^\n]*, got [^\n]*)"
+    refused = re.search(refusal, message, re.DOTALL)
+    if refused is not None:
+        return refused[1]
     found = re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL)
     if found is None:
         return message.replace(" ?", "?") + ("" if message.endswith("?") else ".") + " See --help."

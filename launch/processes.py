@@ -124,6 +124,11 @@ def tpu_chips() -> bool:
     return any(vendor.read_text().strip() == "0x1ae0" for vendor in Path("/sys/bus/pci/devices").glob("*/vendor"))
 
 
+def nvidia_gpus() -> bool:
+    """Whether this machine has NVIDIA GPUs, by their device files; those of a Windows host count."""
+    return any(Path("/dev").glob("nvidia*")) or Path("/dev/dxg").exists()
+
+
 def on_tpu_vm() -> bool:
     """Whether the cloud's metadata server says that this is a worker of a TPU VM."""
     try:

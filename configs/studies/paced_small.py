@@ -14,8 +14,8 @@ and by held-out Factbook text, which shows what was forgotten.
 
 from ml_collections import ConfigDict
 
+from configs.studies._base import base_config
 from kdjax.analysis.study import default_study
-from kdjax.config import default_config
 
 ARMS = ("uniform", "hard_filter", "paced", "shuffled")
 
@@ -36,11 +36,9 @@ def get_config(full: bool = False) -> ConfigDict:
 
 def base(steps: int) -> ConfigDict:
     """Self-distillation on the student's own answers."""
-    config = default_config()
-    config.teacher.path = "smollm2-135m"
+    config = base_config()
     config.teacher.privileged = "{question} (The correct answer is {answer}.)"
     config.student.path = "smollm2-135m"
-    config.data.path = "factbook"
     config.data.seq_len = 80
     config.data.max_train_tokens = 20_000
     config.prompts.path = "arith"
@@ -60,11 +58,5 @@ def base(steps: int) -> ConfigDict:
     config.train.steps = steps
     config.train.batch_size = 8
     config.train.log_every = 2
-    config.eval.rows = 8
     config.eval.prompts = 100
-    config.eval.completions = 0
-    config.checkpoint.keep = 1
-    config.checkpoint.keep_best = 0
-    config.checkpoint.every = 200
-    config.log.tensorboard = False
     return config

@@ -15,8 +15,8 @@ is made once, in runs/pools/arith_logic.
 
 from ml_collections import ConfigDict
 
+from configs.studies._base import base_config
 from kdjax.analysis.study import default_study
-from kdjax.config import default_config
 
 POOL = "runs/pools/arith_logic"
 KINDS = "arith:sum1,arith1,sum2,gcd,syll,order"
@@ -77,11 +77,9 @@ def commands() -> dict[str, tuple[str, ...]]:
 
 def base(steps: int) -> ConfigDict:
     """Fine-tuning on one right answer to each question."""
-    config = default_config()
-    config.teacher.path = "smollm2-135m"
+    config = base_config()
     config.student.init.kind = "cut"
     config.student.init.layers = 24
-    config.data.path = "factbook"
     config.data.seq_len = 88  # all but the divisors' steps
     config.data.max_train_tokens = 20_000
     config.prompts.path = KINDS
@@ -100,11 +98,5 @@ def base(steps: int) -> ConfigDict:
     config.train.steps = steps
     config.train.batch_size = 8
     config.train.log_every = 5
-    config.eval.rows = 8
     config.eval.prompts = 100
-    config.eval.completions = 0
-    config.checkpoint.keep = 1
-    config.checkpoint.keep_best = 0
-    config.checkpoint.every = 200
-    config.log.tensorboard = False
     return config

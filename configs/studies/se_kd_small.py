@@ -14,8 +14,8 @@ and caching included. All are judged on the same text of countries not trained o
 
 from ml_collections import ConfigDict
 
+from configs.studies._base import base_config
 from kdjax.analysis.study import default_study
-from kdjax.config import default_config
 
 SE_KD = {"selection.policy": "top_fraction", "selection.signal": "student_entropy", "selection.fraction": 0.2}
 
@@ -47,11 +47,9 @@ def get_config(full: bool = False) -> ConfigDict:
 
 def base(rows: int) -> ConfigDict:
     """Dense forward KL, one epoch over the first `rows` rows of 128 tokens of the training text."""
-    config = default_config()
-    config.teacher.path = "smollm2-135m"
+    config = base_config()
     config.student.init.kind = "cut"
     config.student.init.layers = 6
-    config.data.path = "factbook"
     config.data.seq_len = 128
     config.data.max_train_tokens = rows * 128
     config.selection.policy = "all"
@@ -61,10 +59,4 @@ def base(rows: int) -> ConfigDict:
     config.train.steps = rows // 4
     config.train.log_every = 2
     config.eval.every = rows // 12
-    config.eval.rows = 8
-    config.eval.completions = 0
-    config.checkpoint.keep = 1
-    config.checkpoint.keep_best = 0
-    config.checkpoint.every = 200
-    config.log.tensorboard = False
     return config

@@ -32,7 +32,7 @@ from typing import Any
 
 from kdjax.analysis import report_page as page
 from kdjax.analysis.report_charts import Series, chart, number
-from kdjax.run_log import duration, read_lines
+from kdjax.run_log import duration, read_lines, write_whole
 
 Record = Mapping[str, Any]
 SMOOTHED_FROM = 40  # points; shorter loss curves are drawn as they are
@@ -54,9 +54,7 @@ HELDOUT_CURVES = (
 def write_report(workdir: str | os.PathLike[str]) -> Path:
     """Write workdir/report.html, return its path. Raises ValueError if there is no run or a damaged file in workdir."""
     out = Path(workdir) / "report.html"
-    beside = out.with_name(out.name + ".tmp")
-    beside.write_text(render(*read_run(workdir)), "utf-8")
-    os.replace(beside, out)
+    write_whole(out, render(*read_run(workdir)))
     return out
 
 

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from kdjax import config, registry
 from kdjax.curation.scores import SCORES
 from kdjax.data import Rows, take
+from kdjax.run_log import write_whole
 from kdjax.types import Params
 
 FORMAT = 1
@@ -136,9 +136,8 @@ def write_samples(
     record = {"format": FORMAT, **dataclasses.asdict(of), "rows": len(rows), "kept": len(kept)}
     record |= {"file": name, "sha256": digest, "made": dict(made)}
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _replace(directory / name, buffer.getvalue())
-        _replace(directory / MANIFEST, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
+        write_whole(directory / name, buffer.getvalue())
+        write_whole(directory / MANIFEST, json.dumps(record, indent=2, allow_nan=False) + "\n")
         for old in directory.glob("scores-*.npz*"):
             if old.name != name:
                 old.unlink()
@@ -236,12 +235,3 @@ def _read(directory: Path) -> Chosen:
         raise ValueError(f"the SHA-256 of {record['file']} is not the one in {MANIFEST}")
     with np.load(io.BytesIO(content), allow_pickle=False) as stored:
         return Chosen(**{name: stored[name] for name in ("scores", "row_id", "kept", "row_hash")}, manifest=record)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)

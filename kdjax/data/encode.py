@@ -50,6 +50,19 @@ def end_of_document(tokenizer: Any) -> int:
     return tokenizer.eos_token_id
 
 
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The special token that the chat template puts after an answer; None if it puts none there, or there is none."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    try:
+        chat = render_chat("a chat", (("user", "Hello."), ("assistant", "Hi.")), tokenizer, _special(tokenizer))
+    except ValueError:  # a template that takes no such chat ends no answer
+        return None
+    ((_, end),) = chat.spans or ()
+    last = int(tokenizer(chat.text[:end], add_special_tokens=False)["input_ids"][-1])
+    return last if last in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} else None
+
+
 def start_of_document(tokenizer: Any) -> tuple[int, ...]:
     """What the tokenizer itself puts before a text: <bos> for Gemma and Llama 3, which need it; nothing for Qwen."""
     begin = tokenizer.bos_token_id
@@ -73,7 +86,7 @@ def encode(
             "find the answers. Convert it to a tokenizer.json."
         )
     start, end = start_of_document(tokenizer), end_of_document(tokenizer)
-    special = re.compile("|".join(re.escape(token) for token in _special_tokens(tokenizer)) or r"(?!)")
+    special = _special(tokenizer)
     eos = end if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     pieces: list[tuple[str, list[Piece]]] = []
     for document in documents:
@@ -188,9 +201,11 @@ def _render(name: str, messages: list[dict[str, str]], tokenizer: Any, **options
         ) from error
 
 
-def _special_tokens(tokenizer: Any) -> list[str]:
+def _special(tokenizer: Any) -> re.Pattern[str]:
+    """Any special token of the tokenizer; never matches if it has none."""
     tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return sorted(tokens | set(tokenizer.all_special_tokens), key=len, reverse=True)  # the longest first: a|ab
+    longest_first = sorted(tokens | set(tokenizer.all_special_tokens), key=len, reverse=True)  # ab|a
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def _tokenise(pieces: Sequence[Piece], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:

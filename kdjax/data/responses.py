@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kdjax.data.encode import start_of_document
+from kdjax.data.encode import end_of_turn, start_of_document
 from kdjax.data.packing import Rows, hash_rows
 from kdjax.data.prompts import Prompt, messages
 
@@ -56,20 +56,15 @@ def end_of_answer(tokenizer: Any, *, chat_template: bool = True) -> int:
 
     Raises ValueError if there is neither.
     """
-    if chat_template and tokenizer.chat_template is not None:
-        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-        whole = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
-        asked = tokenizer.apply_chat_template(turns[:1], tokenize=True, return_dict=False, add_generation_prompt=True)
-        special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        for token in whole[len(asked) :]:
-            if token in special:
-                return int(token)
-    if tokenizer.eos_token_id is None:
+    end = end_of_turn(tokenizer) if chat_template else None
+    if end is None:
+        end = tokenizer.eos_token_id
+    if end is None:
         raise ValueError(
             "data.tokenizer must have an end-of-sequence token, got a tokenizer without one; answers could not end. "
             "Set eos_token in its tokenizer_config.json."
         )
-    return int(tokenizer.eos_token_id)
+    return int(end)
 
 
 def answer_rows(

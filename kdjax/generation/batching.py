@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from kdjax.data.encode import encode as encode_documents
-from kdjax.data.sources import Document
+from kdjax.data.encode import end_of_turn
 from kdjax.generation.sampler import How, State, advance, begin, fast_params
 from kdjax.generation.sampling import Sampling
 from kdjax.models import ModelConfig
@@ -84,16 +83,8 @@ def speaker(
 
 def end_ids(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The tokens that end an answer: the model's, the tokenizer's, and the one that the chat template puts there."""
-    ends = {*cfg.eos_ids, tokenizer.eos_token_id} - {None}
-    if getattr(tokenizer, "chat_template", None) and getattr(tokenizer, "is_fast", False):
-        chat = Document("", messages=(("user", "Hello."), ("assistant", "Hi.")))
-        try:
-            (said,) = encode_documents([chat], tokenizer)
-        except ValueError:  # a template that renders no such chat ends no answer
-            return tuple(sorted(ends))
-        last = int(said.tokens[said.loss_mask][-1])
-        ends |= {last} & set(tokenizer.added_tokens_decoder)
-    return tuple(sorted(ends))
+    ends = (*cfg.eos_ids, tokenizer.eos_token_id, end_of_turn(tokenizer))
+    return tuple(sorted({end for end in ends if end is not None}))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:

@@ -1,6 +1,5 @@
 """report.html from plain files: what it says, that nothing in it is live, that it needs nothing else."""
 
-import html.parser
 import json
 import re
 import subprocess
@@ -10,6 +9,7 @@ import pytest
 
 from kdjax.analysis import write_report
 from kdjax.analysis.report import summary
+from tests.analysis import html_page
 
 EVIL = "<script>alert('x')</script>\"&<img src=x onerror=alert(1)>"
 
@@ -58,36 +58,11 @@ def write(root, *, lines=(), evals=(), config=None, report=None):
     return write_report(root).read_text()
 
 
-class Page(html.parser.HTMLParser):
-    """Elements with their attributes, the text of each, and whether every element is closed in order."""
-
-    VOID = ("meta", "br", "img", "link")
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.elements, self.texts, self.badly_nested = [], [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        if not self.open or self.open.pop() != tag:
-            self.badly_nested.append(tag)
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] not in ("script", "style"):
-            self.texts.append(data)
-
+class Page(html_page.Page):
     @property
     def text(self):
-        """The text with plain signs for times, dash and fixed space."""
-        return "".join(self.texts).translate({0xD7: "x", 0x2013: "-", 0xA0: " "})
+        """Plain signs for times, dash and fixed space."""
+        return super().text.translate({0xD7: "x", 0x2013: "-", 0xA0: " "})
 
 
 @pytest.fixture(scope="module")

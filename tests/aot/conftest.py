@@ -1,25 +1,15 @@
 """launch.plan as a module, for tests that compile what it plans."""
 
-import importlib.util
-import pathlib
-
 import jax
 import pytest
-from absl import flags
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.launch import launched
 
 
 @pytest.fixture(scope="module")
 def plan():
-    known = set(flags.FLAGS)
-    spec = importlib.util.spec_from_file_location("planned_for_topologies", ROOT / "launch" / "plan.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    made = set(flags.FLAGS) - known
-    yield module
-    for name in made:
-        delattr(flags.FLAGS, name)
+    with launched.loaded("plan") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kdjax import run_log
 from kdjax.config import Mesh, Samples
 from kdjax.curation import (
     SCORES,
@@ -20,7 +21,6 @@ from kdjax.curation import (
     params_fingerprint,
     positions_of,
     reusable,
-    samples,
     write_samples,
 )
 from kdjax.data import take
@@ -206,7 +206,7 @@ def test_a_kill_while_writing_leaves_the_old_choice(small, written, monkeypatch)
             raise Killed
         os.rename(source, target)
 
-    monkeypatch.setattr(samples.os, "replace", replace)
+    monkeypatch.setattr(run_log.os, "replace", replace)
     other = dataclasses.replace(BASIS, fraction=0.1)
     with pytest.raises(Killed):
         write_samples(written, other, small.rows, scores_of(small.rows), KEPT[:2], {})
@@ -221,7 +221,7 @@ def test_a_full_disk_is_said_and_the_old_choice_stays(small, written, monkeypatc
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(samples.os, "fsync", full)
+    monkeypatch.setattr(run_log.os, "fsync", full)
     with pytest.raises(
         OSError, match=r"^the chosen rows could not be written to .*samples: .*No space left.* Free disk"
     ):

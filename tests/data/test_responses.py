@@ -81,7 +81,13 @@ def test_an_answer_ends_as_the_template_ends_it():
     )
     assert end_of_answer(tokenizer) == special
     assert end_of_answer(tokenizer, chat_template=False) == tokenizer.eos_token_id
-    tokenizer.chat_template = None
+    tokenizer.chat_template = (  # special tokens before the answer are not its end
+        "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}<|im_start|>{% endif %}"
+        "{{ m.content }}" + name + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    )
+    assert end_of_answer(tokenizer) == special != tokenizer.convert_tokens_to_ids("<|im_start|>")
+    tokenizer.chat_template = "{{ raise_exception('never') }}"
+    assert end_of_answer(tokenizer) == tokenizer.eos_token_id
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match=r"^data\.tokenizer must have an end-of-sequence token"):
         end_of_answer(tokenizer)

@@ -1,7 +1,6 @@
 """python -m launch.bench --suite=kernels: what it prints and writes, on a tiny shape and one absent chip."""
 
 import csv
-import importlib.util
 import pathlib
 import re
 import subprocess
@@ -9,11 +8,11 @@ import sys
 
 import jax
 import pytest
-from absl import flags
 
 from kdjax import aot
 from kdjax.kernels import linear_stats, shapes
 from kdjax.kernels.shapes import Shape, Side
+from tests.launch import launched
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = Shape(40, 300, Side(24, padding=5), Side(12, tied=False), entries=4)
@@ -26,18 +25,7 @@ def bench(monkeypatch, capsys, tmp_path):
 
     def run(*arguments):
         typed = ["--suite=kernels", "--shape=tiny", "--compile_shape=tiny", f"--out={tmp_path / 'out'}", *arguments]
-        monkeypatch.setattr(sys, "argv", ["launch/bench.py", *typed])
-        known = set(flags.FLAGS)
-        spec = importlib.util.spec_from_file_location("launched_bench", ROOT / "launch" / "bench.py")
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-            made = set(flags.FLAGS) - known
-            flags.FLAGS(sys.argv)
-            module.main()
-        finally:
-            for name in made:  # scripts share flag names
-                delattr(flags.FLAGS, name)
+        launched.run("bench", *typed)
         (path,) = (tmp_path / "out").glob("*.csv")
         assert re.fullmatch(r"kernels-\d{4}-\d\d-\d\d\.csv", path.name)
         with path.open(newline="") as file:

@@ -19,6 +19,8 @@ import time
 import pytest
 from absl import flags
 
+from tests.launch import launched
+
 ROOT = pathlib.Path(__file__).parents[2]
 STUDY = """
 from kdjax.analysis.study import default_study
@@ -57,17 +59,10 @@ PACE = {"dense": 1.0, "se_kd": 0.5, "few": 0.25}  # seconds per step
 
 
 @pytest.fixture
-def compare(monkeypatch):
+def compare():
     """The module, its flags defined anew."""
-    known = set(flags.FLAGS)
-    spec = importlib.util.spec_from_file_location("launched_compare", ROOT / "launch" / "compare.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "launched_compare", module)  # dataclasses looks there
-    spec.loader.exec_module(module)
-    made = set(flags.FLAGS) - known  # its own; those of libraries that are imported later stay
-    yield module
-    for name in made:
-        delattr(flags.FLAGS, name)
+    with launched.loaded("compare") as module:
+        yield module
 
 
 class World:

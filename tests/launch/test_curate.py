@@ -1,22 +1,20 @@
 """launch.curate as a user types it: what it keeps, what it says, what it does not do twice, what it refuses."""
 
-import importlib.util
 import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
-import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
 
 from kdjax import curation, models
 from kdjax.data.packing import eligible
+from tests.launch import launched
 
 ROOT = pathlib.Path(__file__).parents[2]
 VALUES = {
@@ -38,23 +36,11 @@ def typed(workdir, text, **changes):
 
 
 @pytest.fixture
-def curate(monkeypatch, capsys):
+def curate(capsys):
     """curate(*arguments) -> (lines printed, lines of stderr): its main() in this process."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["launch/curate.py", *map(str, arguments)])
-        known = set(flags.FLAGS)
-        spec = importlib.util.spec_from_file_location("launched_curate", ROOT / "launch" / "curate.py")
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-            with warnings.catch_warnings():  # ml_collections loads the config file in an outdated way
-                warnings.filterwarnings("ignore", r"the load_module\(\) method is deprecated", DeprecationWarning)
-                flags.FLAGS(sys.argv)
-            module.main()
-        finally:
-            for name in set(flags.FLAGS) - known:
-                delattr(flags.FLAGS, name)
+        launched.run("curate", *arguments)
         said = capsys.readouterr()
         return said.out.splitlines(), said.err.splitlines()
 

@@ -1,7 +1,6 @@
 """A pool of answers for a student of a Flax module: figures of its head are those of a native model, others refused."""
 
 import dataclasses
-import importlib.util
 import json
 import pathlib
 import sys
@@ -18,6 +17,7 @@ from kdjax.data.prompts import load_prompts, split_prompts
 from kdjax.data.styles import STYLES, scripted
 from kdjax.models import synthetic
 from kdjax.models.hf_io import save_hf
+from tests.models import flax_tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROMPTS = Prompts(path="arith:sum1", size=16)
@@ -38,9 +38,6 @@ VALUES = {
 @pytest.fixture
 def students(tmp_path, monkeypatch):
     """{"native", "flax"}: student.path of the same weights."""
-    spec = importlib.util.spec_from_file_location("flax_tiny_of_pools", ROOT / "tests/models/flax_tiny.py")
-    flax_tiny = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(flax_tiny)
     cfg = dataclasses.replace(synthetic.config(), layers=1, width=32, heads=2, mlp=64, head_dim=16)
     params = models.init_params(cfg, jax.random.key(0))
     save_hf(tmp_path / "student", cfg, params, synthetic.make_tokenizer())

@@ -1,9 +1,7 @@
 """launch.plan: what it says of a run without loading it."""
 
 import dataclasses
-import importlib.util
 import json
-import pathlib
 import sys
 
 import jax
@@ -18,20 +16,13 @@ from kdjax.data import abstract_batch, train_iterator
 from kdjax.generation.batching import padded_width
 from kdjax.models import synthetic
 from kdjax.models.decoder_cached import init_cache, spread_cache
-
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.launch import launched
 
 
 @pytest.fixture(scope="module")
 def plan():
-    known = set(flags.FLAGS)
-    spec = importlib.util.spec_from_file_location("launched_plan", ROOT / "launch" / "plan.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    made = set(flags.FLAGS) - known  # its own; those of libraries that are imported later stay
-    yield module
-    for name in made:
-        delattr(flags.FLAGS, name)
+    with launched.loaded("plan") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

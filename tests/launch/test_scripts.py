@@ -316,6 +316,10 @@ def test_bad_flags_of_train(arguments, message):
             r"--config must be .*, got 'configs/quikstart\.py'; .* Did you mean 'configs/quickstart\.py'\? Known: .*",
         ),
         (
+            ["--config=configs/paper/se_kd/llama31_8b_to_32_1b.py:gls"],
+            r"the row after the config file's colon must be a known name .*, got 'gls'\. Known: full_kd, .*",
+        ),
+        (
             ["--config", "nix.py", "--config.train.steps=3"],
             r"--config must be a file of configs/, got 'nix\.py'; there is no such file\. .*",
         ),

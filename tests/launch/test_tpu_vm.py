@@ -3,7 +3,6 @@
 It plays the states of a queued resource from a list; at SUSPENDED the machines die with all that is on their disks.
 """
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -14,10 +13,10 @@ import sys
 import time
 
 import pytest
-from absl import flags
 
 from launch import tpu_commands
 from launch.tpu_commands import Tpu
+from tests.launch import launched
 
 ROOT = pathlib.Path(__file__).parents[2]
 FAKE = r"""
@@ -63,7 +62,7 @@ class World:
     """The folders of a test, and the script with its repository moved there."""
 
     def __init__(self, root, monkeypatch, capsys):
-        self.root, self.capsys, self.monkeypatch = root, capsys, monkeypatch
+        self.root, self.capsys = root, capsys
         (root / "workers").mkdir()
         self.repository = root / "repository"
         self.repository.mkdir()
@@ -95,18 +94,11 @@ class World:
 
     def __call__(self, *arguments):
         """(what main returns, what was printed)"""
-        self.monkeypatch.setattr(sys, "argv", ["launch/tpu_vm.py", *arguments])
-        known = set(flags.FLAGS)
-        spec = importlib.util.spec_from_file_location("launched_tpu_vm", ROOT / "launch" / "tpu_vm.py")
-        module = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(module)
-            module.ROOT = self.repository
-            flags.FLAGS(sys.argv)
-            code = module.main()
+            with launched.loaded("tpu_vm", *arguments) as module:
+                module.ROOT = self.repository
+                code = module.main()
         finally:
-            for name in set(flags.FLAGS) - known:
-                delattr(flags.FLAGS, name)
             self.said = self.capsys.readouterr()
         return code, self.said.out
 
@@ -438,7 +430,8 @@ def test_a_failing_line_is_not_run_again(world):
 def test_a_run_that_goes_on_is_watched_and_not_started_twice(world):
     (a,) = world.workers("a")
     world.commit({"code.py": "1"})
-    remotely(a, tpu_commands.start_script("sleep 0.5"))
+    looked = f"$(grep -cs kdjax-run {world.root}/calls)"  # it ends when it was seen to run
+    remotely(a, tpu_commands.start_script(f'until test "{looked}" -ge 2; do sleep 0.05; done'))
     assert world(*JOB, "--command=touch ~/twice", "--restart=1")[0] == 0
     assert not (a / "twice").exists()
 

@@ -1,13 +1,10 @@
 """Bridged modules of the same maths as ours: same hidden states, same step, on any mesh; and what is refused."""
 
 import dataclasses
-import importlib.util
 import json
 import sys
 import types
-from pathlib import Path
 
-import flax_tiny
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,17 +12,15 @@ import pytest
 from flax import nnx
 
 from kdjax import loop, models
-from kdjax.build import build
+from kdjax.build import build, build_parts
 from kdjax.config import Mesh
 from kdjax.generation import Sampling, sample
 from kdjax.models import flax_bridge, flax_models, hf_io, io, tokenizer
 from kdjax.optim import decayed
 from kdjax.sharding import Rules, make_rules
 from kdjax.step import init_state, make_train_step
-
-_spec = importlib.util.spec_from_file_location("step_bench", Path(__file__).parents[1] / "step" / "conftest.py")
-step_bench = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(step_bench)
+from tests.models import flax_tiny
+from tests.step import step_bench
 
 STUDENT = dataclasses.replace(step_bench.STUDENT, vocab_size=104, max_positions=64)
 TEACHER = dataclasses.replace(step_bench.TEACHER, vocab_size=104, max_positions=64, layers=1)
@@ -99,7 +94,7 @@ def test_the_check_of_logits_sees_a_cut_at_the_wrong_place(native):
 def bridged_step(rules, batch, steps, case=CASE):
     """(state, losses) after `steps` SE-KD steps of the bridged student and teacher."""
     sides = load("student", rules), load("teacher", rules)
-    parts = step_bench.build_parts(step_bench.experiment(**case), sides[0].cfg, sides[1].cfg, rules)
+    parts = build_parts(step_bench.experiment(**case), sides[0].cfg, sides[1].cfg, rules)
     return run(parts, sides[0].params, sides[1].params, batch, steps)
 
 
@@ -118,7 +113,7 @@ def run(parts, params, teacher, batch, steps):
 def test_one_step_equals_the_native_one(module, native):
     """Loss, and every parameter: what is decayed, what is not, and what the selection chose besides."""
     batch = step_bench.ragged_batch()
-    parts = step_bench.build_parts(step_bench.experiment(**CASE), STUDENT, TEACHER, Rules())
+    parts = build_parts(step_bench.experiment(**CASE), STUDENT, TEACHER, Rules())
     wanted, losses = run(parts, jax.tree.map(jnp.copy, native[0]), native[1], batch, 1)
     found, found_losses = bridged_step(Rules(), batch, 1)
     np.testing.assert_allclose(found_losses, losses, rtol=1e-5)

@@ -3,24 +3,20 @@
 import collections
 import contextlib
 import dataclasses
-import importlib.util
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from configs import quickstart
-from kdjax import loop
-from kdjax.build import build
+from kdjax import loop, models
+from kdjax.build import build, build_parts
 from kdjax.config import Mesh, from_config_dict
 from kdjax.sharding import make_rules
 from kdjax.step import init_state, make_train_step
+from tests.step import step_bench
 
-_spec = importlib.util.spec_from_file_location("step_bench", Path(__file__).with_name("conftest.py"))
-step_bench = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(step_bench)
 STUDENT, TEACHER = (dataclasses.replace(cfg, vocab_size=96) for cfg in (step_bench.STUDENT, step_bench.TEACHER))
 
 
@@ -28,8 +24,8 @@ def program(devices=1, student=STUDENT, teacher=TEACHER, **fields):
     """The lowered step on so many devices; its parameters have shapes and no values."""
     mesh = Mesh("fsdp", f"data:{devices}") if devices > 1 else Mesh("single")
     rules = make_rules(mesh, jax.devices()[:devices])
-    parts = step_bench.build_parts(step_bench.experiment(**fields), student, teacher, rules)
-    params, teacher_params = (step_bench.models.abstract_params(cfg, rules) for cfg in (student, teacher))
+    parts = build_parts(step_bench.experiment(**fields), student, teacher, rules)
+    params, teacher_params = (models.abstract_params(cfg, rules) for cfg in (student, teacher))
     state = jax.eval_shape(lambda params: init_state(parts, params, 3), params)
     rows = {name: np.asarray(a) for name, a in vars(step_bench.ragged_batch()).items() if a is not None}
     return jax.jit(make_train_step(parts)).lower(state, teacher_params, loop.place(rows, rules, parts.accumulate))

@@ -15,48 +15,18 @@ Result:    not run here, and the paper has no such pair
 
 from ml_collections import ConfigDict
 
-from kdjax.config import default_config
+from configs.paper.se_kd import qwen3_8b_to_1_7b as paper
 from kdjax.registry import lookup
 
-SE_KD = {"selection.policy": "top_fraction", "selection.fraction": 0.2, "selection.signal": "student_entropy"}
-
 # Row -> what it changes of dense distillation.
-ROWS = {
-    "full_kd": {},
-    "random_20": {"selection.policy": "random_fraction", "selection.fraction": 0.2},
-    "se_kd": SE_KD,
-    "se_kd_3x": SE_KD
-    | {
-        "samples.fraction": 0.2,
-        "classes.kind": "sampled",
-        "classes.entries": 50,
-        "teacher.source": "cache",
-    },
-}
+ROWS = {row: paper.ROWS[row] for row in ("full_kd", "random_20", "se_kd", "se_kd_3x")}
 
 
 def get_config(row: str = "se_kd") -> ConfigDict:
     """Dense distillation, its random control, SE-KD or SE-KD 3X."""
-    config = default_config()
+    lookup(ROWS, row, "the row after the config file's colon")
+    config = paper.get_config(row)
     config.name = f"llama31_8b_to_32_1b_{row}"
     config.teacher.path = "meta-llama/Llama-3.1-8B"
-    config.teacher.dtype = "bfloat16"
     config.student.path = "meta-llama/Llama-3.2-1B"
-    config.student.compute_dtype = "bfloat16"
-    config.student.remat = "full"
-    config.data.seq_len = 512
-    config.data.max_train_tokens = 80_000_000
-    config.data.heldout_fraction = 0.002
-    config.selection.policy = "all"
-    config.optim.learning_rate = 1e-5
-    config.optim.schedule = "constant"
-    config.optim.warmup = 0
-    config.optim.b2 = 0.999
-    config.train.batch_size = 16
-    config.train.log_every = 10
-    config.eval.every = 1000
-    config.checkpoint.every = 500
-    config.mesh.preset = "fsdp"
-    config.update_from_flattened_dict(lookup(ROWS, row, "the row after the config file's colon"))
-    config.train.steps = int(80_000_000 / 512 / 16 * config.samples.fraction)  # one epoch of what is kept
     return config
