@@ -20,8 +20,6 @@ MOST = 20  # teachers in the table
 def choose_answers(e: "Experiment", workdir: Path, yardstick: int = 0) -> None:
     """The untrained student chooses: files in <workdir>/answers, a summary, a page."""
     processes.join()
-    if yardstick and processes.several():
-        raise ValueError(f"--yardstick must be 0 in a run of several processes, got {yardstick}. Start one for it.")
 
     from kdjax import loop, offline
     from kdjax.build import build
@@ -32,13 +30,14 @@ def choose_answers(e: "Experiment", workdir: Path, yardstick: int = 0) -> None:
     built = build(offline.to_answer(e))
     choice = AnswerChoice(built, workdir)
     made = choice(built.student_params)
-    if not processes.first():
-        return
-    show(e, choice.admitted.counts, made)
-    print(f"page: {write_report(built, workdir)}")
+    if processes.first():
+        show(e, choice.admitted.counts, made)
+        print(f"page: {write_report(built, workdir)}")
     if yardstick:
         measure(built, choice, workdir, yardstick)
-    print(f"files: {workdir / 'answers'}: admitted.jsonl, selected.jsonl" + (", scored-*.jsonl" if made.file else ""))
+    processes.say(
+        f"files: {workdir / 'answers'}: admitted.jsonl, selected.jsonl" + (", scored-*.jsonl" if made.file else "")
+    )
 
 
 def show(e: "Experiment", pool: Mapping[str, Any], made: "Choice") -> None:
@@ -56,6 +55,8 @@ def show(e: "Experiment", pool: Mapping[str, Any], made: "Choice") -> None:
         print(f"and {len(pool['teachers']) - MOST} more teachers")
     if made.rated is not None:
         print(rated_on(made.rated, e))
+    if len(equals := counts.get("taken_teachers", ())) > 1:
+        print(f"equally good teachers, of whose answers to a question one is drawn: {', '.join(equals)}")
     if counts["means_of_groups"]:
         print(f"{'group':<8}{'answers':>9}{e.answers.score:>18}{'NLL':>8}{'tokens':>8}   means; 1 is preferred")
         for group, of in counts["means_of_groups"].items():
@@ -99,6 +100,8 @@ def measure(built: "Built", choice: "AnswerChoice", workdir: Path, questions: in
     from kdjax.run import yardstick
 
     found = yardstick.measure(built, built.student_params, choice.admitted, questions)
+    if not processes.first():
+        return
     yardstick.write(workdir / "answers" / "yardstick.jsonl", found)
     print(f"against ||gradient||^2 of all parameters, {len(found.lines)} answers to {questions} questions")
     print("\n".join(table(found.gradient)))

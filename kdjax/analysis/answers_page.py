@@ -52,7 +52,7 @@ class Round:
     selection -> mean over questions of |same answers| / |answers of either|, in [0, 1]. score, answer_nll: means over
     the selected answers. same_family: share of them from teachers of the student's family; usable_of_family: admitted
     answers of these. Seconds and FLOPs: of scoring for this choice, and of the training on it. teacher_scores: where
-    one teacher is chosen; None = it has none.
+    one teacher is chosen; None = it has none. taken_teachers: whose answers alone were drawn from; [] = all's.
     """
 
     step: int
@@ -74,6 +74,7 @@ class Round:
     scoring_flops: float = math.nan
     training_flops: float = math.nan
     teacher_scores: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
+    taken_teachers: Sequence[str] = ()
 
     @property
     def selected(self) -> int:
@@ -85,6 +86,7 @@ def round_of(counts: Mapping[str, Any], *, step: int, **rest: Any) -> Round:
     """A round by the counts in the manifest of selected.jsonl. rest: the fields that are not among them."""
     groups = [CostGroup(int(group), **means) for group, means in counts["means_of_groups"].items()]
     named = {name: counts[name] for name in ("questions", "teachers", "dropped", "forced")}
+    named |= {"taken_teachers": counts.get("taken_teachers", ())}
     if family := counts.get("same_family"):
         named |= {"same_family": family["selected"] / counts["rows"], "usable_of_family": family["admitted"]}
     return Round(step=step, groups=groups, **named, **rest)
@@ -277,6 +279,8 @@ def _figures(rounds: Sequence[Round], score: str) -> str:
     rows = [["At step", *(f"{each.step:,}" for each in rounds)]]
     for name, key in COUNTS:
         rows.append([name, *(f"{getattr(each, key):,}" for each in rounds)])
+    if any(len(each.taken_teachers) > 1 for each in rounds):
+        rows.append(["Drawn from equal teachers", *(", ".join(each.taken_teachers) or DASH for each in rounds)])
     for name, key in ((f"Mean {score} of the selected", "score"), ("Their mean NLL, nats", "answer_nll")):
         rows.append([name, *(number(getattr(each, key)) for each in rounds)])
     for name, key, show in COSTS:

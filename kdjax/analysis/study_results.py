@@ -223,7 +223,7 @@ def _covered(study: Study, run: Run, trained: int) -> int:
 
 
 def _answers(folder: Path, made: Experiment, steps: int) -> Record:
-    """Tokens of the answers trained on, by their mean length; tokens and seconds of scoring, of all choices.
+    """Tokens of the answers trained on, by their mean length; tokens and seconds of scoring and of gradients, in all.
 
     A choice is made before the first step and after each of answers.rescore_every; {} without a pool of answers. What
     another run scored with the same student counts: it is what the arm costs.
@@ -237,8 +237,8 @@ def _answers(folder: Path, made: Experiment, steps: int) -> Record:
         choice = read_json(chosen)
         mean = choice["counts"]["tokens"] / choice["counts"]["rows"]
         tokens += mean * made.train.batch_size * min(every, steps - step)
-        if choice["depends"]["scored"]:
-            name = Path(choice["depends"]["scored"]).with_suffix(".manifest.json").name
+        for read in filter(None, (choice["depends"].get(name) for name in ("scored", "gradients"))):
+            name = Path(read).with_suffix(".manifest.json").name
             passed = read_json(folder / made.answers.scored / "answers" / name)["counts"]
             places, seconds = places + passed["places"], seconds + passed["seconds"]
     return {"answer_tokens": round(tokens), "scored_tokens": places, "scoring_seconds": seconds}

@@ -81,14 +81,11 @@ class AnswerChoice:
             return Choice(self._select(name, None))
         student, scored, rated = params_fingerprint(params), None, None
         path = scored_path(self._workdir, student, self._settings.scored)
-        start, self._places, added, seconds = time.perf_counter(), 0, 0, 0.0
+        self._places, added, seconds = 0, 0, 0.0
         with contextlib.ExitStack() as opened:
             if self._measure is not None:
                 scored = self._open(path, student, opened)
-                added = self._score(params, scored)
-                seconds = time.perf_counter() - start
-                if added:
-                    scored.finish({"answers": added, "places": self._places, "seconds": round(seconds, 3)})
+                added, seconds = self._score(params, scored)
             if self._rate is not None:
                 rated = self._rate(params, scored, gradients_path(path, student), self._depends(student))
                 seconds += rated.seconds
@@ -125,20 +122,22 @@ class AnswerChoice:
         require_seen(lambda: bool(read_manifest(path).get("sha256") == digest), self._workdir)
         return dict(counts)
 
-    def _score(self, params: Params, scored: ScoredFile) -> int:
-        """Figures of the answers that lack them of this student; how many there were."""
+    def _score(self, params: Params, scored: ScoredFile) -> tuple[int, float]:
+        """Figures of the answers that lack them of this student; how many there were, and the seconds."""
         if self._measure is None or self._figures is None:
-            return 0
-        added = 0
+            return 0, 0.0
+        added, seconds = 0, 0.0
         progress = Progress(self.admitted.counts["reasons"][""], start_step=len(scored), unit="answer")
         start, missing = time.perf_counter(), unscored(self.admitted, self._figures, scored, self._coding)
+        scored.spent(answers=0, places=0, seconds=0.0)  # so that there are sums if nothing is missing
         for each in self._measure(params, missing):
             if jax.process_index() == 0:
                 scored.append(each.row, each.id, each.teacher, None if each.error else each.figures, each.error)
-            added += 1
-            progress.update(len(scored), tokens_per_second=self._places / (time.perf_counter() - start))
+            added, seconds = added + 1, time.perf_counter() - start
+            scored.spent(answers=added, places=self._places, seconds=seconds)
+            progress.update(len(scored), tokens_per_second=self._places / seconds)
         progress.close()
-        return added
+        return added, seconds
 
     def _on_call(self, answers: int, places: int) -> None:
         self._places += places

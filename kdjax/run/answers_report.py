@@ -1,9 +1,9 @@
-"""The page about all choices of answers so far, <workdir>/answers/report.html, from the files that they left."""
+"""The page about a run's choices of answers so far, <workdir>/answers/report.html, from the files that they left."""
 
 import json
 import math
 import os
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,22 @@ from kdjax.run.answers import selection_of
 from kdjax.run.report_data import typed_command
 
 RIVALS = ("scas", "head_norm", "grape", "rsr")  # the best answer by each is compared with what was selected
+# what a choice reads, as its manifest names it: what the file counts, FLOPs per parameter and token
+PASSES = {"scored": ("answers", 2.0), "gradients": ("gradients", 6.0)}
 
 
-def write_report(built: Built, workdir: Path) -> Path:
-    """The page, made anew. Raises OSError if it cannot be written, ValueError for files that are damaged."""
+def write_report(built: Built, workdir: Path, step: int | None = None) -> Path:
+    """The page, made anew, of the choices up to `step`; None = up to the newest checkpoint, 0 without one.
+
+    Choices of later steps are of an earlier run in this directory, or will be made again: they stay there, and are not
+    shown. Raises OSError if the page cannot be written, ValueError for files that are damaged.
+    """
     e, folder = built.experiment, workdir / FOLDER
-    steps = sorted(_step(path) for path in folder.glob(f"{selected.NAME}*.manifest.json"))
-    ends = [min(step + (e.answers.rescore_every or e.train.steps), e.train.steps) for step in steps]
+    every, total = e.answers.rescore_every or e.train.steps, e.train.steps
+    last = min(_newest_checkpoint(workdir) if step is None else step, total - 1)
+    steps = [at for at in range(0, last + 1, every) if manifest_of(folder / f"{selection_of(at)}.jsonl").is_file()]
     size = sum(leaf.size for leaf in jax.tree.leaves(built.student_params))
-    rounds = [_round(built, folder, step, end - step, size) for step, end in zip(steps, ends, strict=True)]
+    rounds = [_round(built, folder, at, min(every, total - at), size) for at in steps]
     pool = read_manifest(folder / verify.ADMITTED)["counts"]["teachers"]
     said = f"answers.policy={e.answers.policy!r}, answers.seed={e.answers.seed}."
     return write_answers(
@@ -37,9 +44,9 @@ def write_report(built: Built, workdir: Path) -> Path:
     )
 
 
-def _step(manifest: Path) -> int:
-    found = re.search(r"-(\d+)\.manifest", manifest.name)
-    return int(found[1]) if found else 0
+def _newest_checkpoint(workdir: Path) -> int:
+    saved = (workdir / "checkpoints").glob("*")
+    return max((int(path.name) for path in saved if path.name.isdecimal()), default=0)
 
 
 def _round(built: Built, folder: Path, step: int, steps: int, size: int) -> Round:
@@ -50,14 +57,10 @@ def _round(built: Built, folder: Path, step: int, steps: int, size: int) -> Roun
     trained = steps * e.train.batch_size * e.data.seq_len
     known: dict[str, Any] = {"tokens_trained": trained, "training_flops": 6.0 * size * trained}
     known["teacher_scores"] = manifest.get("teacher_scores", {})
-    scored = manifest["depends"]["scored"]
-    if scored:
-        path = Path(os.path.normpath(folder.parent / e.answers.scored)) / FOLDER / scored
-        cost = read_manifest(path).get("counts") or {}
-        known["answers_scored"] = int(cost.get("answers", 0))
-        known["tokens_scored"] = int(cost.get("places", 0))
-        known["scoring_seconds"] = float(cost.get("seconds", math.nan))
-        known["scoring_flops"] = 2.0 * size * known["tokens_scored"]
+    depends, kept = manifest["depends"], Path(os.path.normpath(folder.parent / e.answers.scored)) / FOLDER
+    known |= _costs(depends, kept, size)
+    if depends["scored"]:
+        path = kept / depends["scored"]
         rivals = [name for name in RIVALS if name != e.answers.score or policy_of(e.answers).teachers]
         with read_scored(path) as figures:
             known["overlap"] = _overlaps(lines, path, figures, rivals, e.answers.question_share)
@@ -65,6 +68,18 @@ def _round(built: Built, folder: Path, step: int, steps: int, size: int) -> Roun
         known["answer_nll"] = _mean(nlls)
         known["score"] = _mean([one.score_value for one in lines])
     return round_of(manifest["counts"], step=step, **known)
+
+
+def _costs(depends: Mapping[str, Any], kept: Path, size: int) -> dict[str, float]:
+    """What the passes of this student over answers took, for this choice and others; {} if it reads none."""
+    costs = []
+    for name, (counted, flops) in PASSES.items():
+        if depends.get(name):
+            of = read_manifest(kept / depends[name]).get("counts") or {}
+            places = of.get("places", 0)
+            costs.append((of.get(counted, 0), places, of.get("seconds", math.nan), flops * size * places))
+    names = ("answers_scored", "tokens_scored", "scoring_seconds", "scoring_flops")
+    return {name: sum(column) for name, column in zip(names, zip(*costs, strict=True), strict=True)} if costs else {}
 
 
 def _overlaps(

@@ -76,14 +76,13 @@ class RowChoice:
         if self._answers is None:
             self._answers = AnswerChoice(self._built, self._workdir)
         made = self._answers(params, step)
-        now, before = (
-            list(selected.read_selected(self._workdir, selection_of(at))) for at in (step, step - self._every)
-        )
+        before, now = (selected.read_selected(self._workdir, selection_of(at)) for at in (step - self._every, step))
+        kept = selected.overlap(before, now)
         self._hold(step)
         if jax.process_index() == 0:
-            write_report(self._built, self._workdir)
+            write_report(self._built, self._workdir, step)
         figures = {"answers_scored": made.scored, "scoring_tokens": made.places, "scoring_seconds": made.seconds}
-        return {"kept_overlap": selected.overlap(before, now)} | {name: float(of) for name, of in figures.items()}
+        return {"kept_overlap": kept} | {name: float(of) for name, of in figures.items()}
 
     def _hold(self, step: int) -> None:
         """From now on the answers that were chosen after `step`."""

@@ -40,10 +40,10 @@ def make_teacher_rater(built: Built, admitted: Admitted, settings: config.Answer
         built.parts.student, built.rules, finite=False, dimensions=best_teacher.DIMENSIONS, seed=best_teacher.SIGNS
     )
 
-    def take(params: Params, path: Path, depends: Mapping[str, Any], held: list[Usable]) -> tuple[int, int]:
-        """Append the gradients that are missing; (how many, their tokens with padding)."""
+    def take(params: Params, path: Path, depends: Mapping[str, Any], held: list[Usable]) -> tuple[int, int, float]:
+        """Append the gradients that are missing; (how many, their tokens with padding, seconds)."""
         stages: list[Stage] = []  # process 0 has it
-        taken = places = 0
+        taken, places, seconds, start = 0, 0, 0.0, time.perf_counter()
         with contextlib.ExitStack() as opened:
 
             def missing() -> list[str]:
@@ -52,19 +52,21 @@ def make_teacher_rater(built: Built, admitted: Admitted, settings: config.Answer
                 return [name for row in held[0].row.tolist() if (name := f"{row:016x}") not in known]
 
             rows = set(by_first(missing))
+            for stage in stages:
+                stage.spent(gradients=0, places=0, seconds=0.0)  # so that there are sums if nothing is missing
             progress = opened.enter_context(contextlib.closing(Progress(len(rows), unit="gradient")))
             for said, row in best_teacher.rows_to_run(admitted, settings, of, rows):
                 (found,) = backward(params, [row])
+                taken, places = taken + 1, places + len(row[0]) + -len(row[0]) % ROUND_UP
+                seconds = time.perf_counter() - start
                 for stage in stages:
                     best_teacher.append_gradient(stage, said, found.projected)
-                taken, places = taken + 1, places + len(row[0]) + -len(row[0]) % ROUND_UP
+                    stage.spent(gradients=taken, places=places, seconds=seconds)
                 progress.update(taken)
-            for stage in stages if taken else ():
-                stage.finish({"gradients": len(best_teacher.known_gradients(path))})
-        return taken, places
+        return taken, places, seconds
 
     def rate(params: Params, scored: ScoredFile | None, path: Path, depends: Mapping[str, Any]) -> Rated:
-        start, taken, places = time.perf_counter(), 0, 0
+        took: tuple[int, int, float] = 0, 0, 0.0
         held: list[Usable] = []  # process 0 has them
 
         def asked() -> tuple[list[int], int]:
@@ -80,8 +82,8 @@ def make_teacher_rater(built: Built, admitted: Admitted, settings: config.Answer
 
         numbers, common = by_first(asked)
         if by_gradients:
-            taken, places = take(params, path, depends, held)
+            took = take(params, path, depends, held)
         found, questions = by_first(scores), tuple(names[number] for number in numbers)
-        return Rated(found, questions, common, taken, places, time.perf_counter() - start if taken else 0.0)
+        return Rated(found, questions, common, *took, path.name if by_gradients else "")
 
     return rate

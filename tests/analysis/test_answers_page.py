@@ -66,6 +66,16 @@ def test_costs_of_the_rounds():
     assert figures["Scoring, FLOPs"] == [number(2e12)] * 2
 
 
+def test_equal_teachers_are_named():
+    name = "Drawn from equal teachers"
+    equals = made(taken_teachers=("a", "b"))
+    assert table(shown([equals, made(taken_teachers=("b",))]), "")[name] == ["a, b", "b"]
+    assert name not in table(shown([made(), made(taken_teachers=("b",))]), "")
+    counts = {"questions": 9, "teachers": {"a": 9}, "dropped": {}, "forced": 0, "means_of_groups": {}}
+    assert round_of(counts, step=0).taken_teachers == ()
+    assert round_of(counts | {"taken_teachers": ["a", "b"]}, step=0).taken_teachers == ["a", "b"]
+
+
 def test_tiles():
     page = shown([made(), made(teachers={"a": 10, "b": 30}, overlap={"grape": 0.2, "rsr": 0.4})])
     for said in ("75.0 %b", "40.0 %the same as rsr", "3m00sbeside 6m00s of training"):

@@ -15,10 +15,10 @@ MADE = Experiment(
 )
 
 
-def leave(folder, step, *, tokens, rows, scored):
+def leave(folder, step, *, tokens, rows, scored, **depends):
     place = folder / "answers" / f"selected{f'-{step}' if step else ''}.manifest.json"
     place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(json.dumps({"depends": {"scored": scored}, "counts": {"tokens": tokens, "rows": rows}}))
+    place.write_text(json.dumps({"depends": {"scored": scored} | depends, "counts": {"tokens": tokens, "rows": rows}}))
 
 
 def test_each_choice_counts_for_the_steps_that_it_held(tmp_path):
@@ -31,6 +31,18 @@ def test_each_choice_counts_for_the_steps_that_it_held(tmp_path):
     found = _answers(run, MADE, 10)
     # means of 4, 2 and 10 tokens, 3 rows a step, for 4, 4 and 2 steps
     assert found == {"answer_tokens": 3 * (4 * 4 + 2 * 4 + 10 * 2), "scored_tokens": 3012, "scoring_seconds": 7.5}
+
+
+def test_gradients_of_teachers_cost_too(tmp_path):
+    once = dataclasses.replace(MADE, answers=Answers())
+    (tmp_path / "answers").mkdir()
+    for name, places in (("scored-1", 1000), ("gradients-1", 30)):
+        counts = {"counts": {"places": places, "seconds": 2.5}}
+        (tmp_path / f"answers/{name}.manifest.json").write_text(json.dumps(counts))
+    for scored, wanted in (("scored-1.jsonl", (1030, 5.0)), ("", (30, 2.5))):
+        leave(tmp_path, 0, tokens=30, rows=10, scored=scored, gradients="gradients-1.jsonl")
+        found = _answers(tmp_path, once, 10)
+        assert (found["scored_tokens"], found["scoring_seconds"]) == wanted
 
 
 def test_a_choice_without_scores_costs_nothing(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from kdjax.config import Prompts
 from kdjax.curation.answers import selected
 from kdjax.curation.answers.scores import SCORES
+from kdjax.curation.answers.stage import read_manifest
 from kdjax.data.prompts import load_prompts, split_prompts
 from kdjax.data.styles import STYLES, scripted
 
@@ -102,7 +103,11 @@ def test_a_pool_is_verified_scored_and_selected_once(call, typed, tmp_path, monk
     assert names | {"gradient"} <= {line.split()[0] for line in tables[1]}
     (exact,) = (line.split() for line in tables[0] if line.startswith("grand"))
     assert exact[1:3] == ["3", "1.00"], "the same gradient"
+    once = read_manifest(file)["counts"]
     call("curate", *typed(run, answers__score="lalp"))
+    spent = read_manifest(file)["counts"]
+    assert spent["answers"] == 2 * once["answers"] == 2 * (5 * count - 1), "all are read again for it"
+    assert spent["places"] == 2 * once["places"]
     alone = {line["row"]: line["figures"] for line in lines(file) if "local_logp" in (line["figures"] or {})}
     for line in measured:
         np.testing.assert_allclose(line["figures"]["gradient_norm"], line["gradient"] ** 0.5, rtol=1e-9)
@@ -121,8 +126,11 @@ def test_policies_without_scores_run_no_student(call, typed, tmp_path, monkeypat
     settings = {"answers__policy": "shortest", "answers__rescore_every": 0}
     call("curate", *typed(tmp_path / "a", **settings))
     assert {one.teacher_name for one in selected.read_selected(tmp_path / "a")} == {"bare"}
-    call("curate", *typed(tmp_path / "b", **settings | {"answers__policy": "strongest"}))
-    assert {one.teacher_name for one in selected.read_selected(tmp_path / "b")} == {"bare"}, "by name, of equal ones"
+    said = call("curate", *typed(tmp_path / "b", **settings | {"answers__policy": "strongest"}))
+    assert "one is drawn: bare, equation, sentence, steps\n" in said, "words are wrong once"
+    drawn = {one.teacher_name for one in selected.read_selected(tmp_path / "b")}
+    assert drawn == {"bare", "equation", "sentence", "steps"}
+    assert "bare, equation, sentence, steps" in (tmp_path / "b/answers/report.html").read_text()
     with pytest.raises(RuntimeError, match="the student was run"):
         call("curate", *typed(tmp_path / "c", answers__score="grape", answers__rescore_every=0))
 

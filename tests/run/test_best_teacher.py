@@ -10,26 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax import offline
 from kdjax.analysis.answers_page import render, round_of
-from kdjax.build import build
-from kdjax.config import Answers, default_config, from_config_dict
+from kdjax.config import Answers
 from kdjax.curation import snr
 from kdjax.curation.answers import best_teacher
 from kdjax.curation.answers.encode import encode
-from kdjax.curation.answers.gradients import AnswerGradient, rows_of
+from kdjax.curation.answers.gradients import ROUND_UP, AnswerGradient, rows_of
 from kdjax.curation.answers.scorer import Scored
 from kdjax.curation.answers.scores import SCORES
 from kdjax.curation.answers.select import Pick, ScoredAnswer, choose
 from kdjax.curation.answers.selected import read_selected, select
 from kdjax.curation.answers.stage import read_manifest
 from kdjax.curation.answers.teacher_scores import TEACHER_SCORES
-from kdjax.curation.answers.verify import admitted_answers
-from kdjax.data.prompts import load_prompts, split_prompts
+from kdjax.curation.answers.verify import admitted_answers, right_shares
 from kdjax.run import teachers
-from kdjax.run.answers import AnswerChoice
 from launch import curate_answers
 from tests.curation.answers import plain_llama as plain
+from tests.run.answer_choices import choice_among, said_by
 
 WIDTH = 64  # of a projected gradient, in place of 512
 
@@ -40,67 +37,18 @@ def narrow(monkeypatch):
     monkeypatch.setattr(best_teacher, "DIMENSIONS", WIDTH)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A student of one layer and twelve questions; the pool is for each test to write."""
-    text = tmp_path_factory.mktemp("text") / "text.txt"
-    text.write_text("\n\n".join(f"Bottle {i} stands beside bottle {i * i % 11} on the wall." for i in range(60)))
-    config = default_config()
-    for name, value in {
-        "teacher.path": "synthetic",
-        "student.init.kind": "cut",
-        "student.init.layers": 1,
-        "data.path": str(text),
-        "data.seq_len": 64,
-        "data.chat_template": False,
-        "prompts.path": "arith:sum1",
-        "prompts.size": 14,
-        "prompts.answers": "pool",
-        "answers.pool": ("nowhere.jsonl",),
-        "answers.policy": "best_teacher",
-        "answers.score": "car",
-    }.items():
-        config.update_from_flattened_dict({name: value})
-    e = from_config_dict(config)
-    return build(offline.to_answer(e)), split_prompts(load_prompts(e.prompts), e.prompts)[1]
-
-
-def said_by(teacher, question):
-    """A right answer in the manner of a teacher, the length of which is not that of the others."""
-    a = question.answer
-    return {"ada": a, "bob": f"It is {a}, I think: {a}.", "cy": f"We add both numbers, so the sum is {a}"}[teacher]
-
-
-def write_pool(folder, questions, said):
-    """said: teacher -> {number of a question: text, None = a right one}."""
-    folder.mkdir(exist_ok=True)
-    for teacher, texts in said.items():
-        rows = []
-        for number, text in texts.items():
-            one = questions[number]
-            text = said_by(teacher, one) if text is None else text
-            rows.append({"id": one.id, "instruction": one.prompt, "teacher_output": text})
-        (folder / f"{teacher}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(folder)
-
-
 WRONG = "I would say 99."
 POOL = {
     "ada": dict.fromkeys(range(8)) | {8: WRONG},
     "bob": dict.fromkeys(range(2, 9)),
-    "cy": dict.fromkeys(range(1, 9)) | {0: WRONG, 9: "Is it 3 or 4?"},
+    "cy": dict.fromkeys(range(1, 10)) | {0: "Is it 3 or 4?"},
     "dee": dict.fromkeys(range(9), WRONG),
 }
 SHARED = range(2, 8)  # of ada, bob and cy
 
 
 def choice_of(base, workdir, said=None, **changes):
-    built, questions = base
-    workdir.mkdir(exist_ok=True)
-    pool = (write_pool(workdir / "pool", questions, POOL if said is None else said),)
-    answers = dataclasses.replace(built.experiment.answers, pool=pool, **changes)
-    e = dataclasses.replace(built.experiment, answers=answers)
-    return AnswerChoice(dataclasses.replace(built, experiment=e), workdir)
+    return choice_among(base, workdir, POOL if said is None else said, **changes)
 
 
 def manifest_of(workdir, name="selected"):
@@ -185,7 +133,7 @@ def scored_by_hand(name, mine, questions, share):
     return np.mean(found)
 
 
-SHARES = {"ada": 8 / 9, "bob": 1.0, "cy": 8 / 10}
+SHARES = {"ada": 8 / 10, "bob": 7 / 10, "cy": 9 / 10}  # of the ten questions that somebody answers
 
 
 @pytest.mark.parametrize("name", TEACHER_SCORES)
@@ -214,7 +162,7 @@ def test_each_score_chooses_by_its_definition(base, known, name):
     best = next(iter(scores))
     assert {one.teacher_name for one in read_selected(workdir)} == {best}
     assert made.counts["teachers"] == {best: len([key for key in answers if key[1] == best])}
-    assert manifest["depends"]["settings"]["teacher"] == best
+    assert manifest["counts"]["taken_teachers"] == [best]
     assert min(abs(a / b - 1) for a in wanted.values() for b in wanted.values() if a != b) > 1e-3, "no tie"
 
 
@@ -262,16 +210,23 @@ def test_going_on_asks_for_no_gradient_twice(base, faked, tmp_path):
         choice_of(base, run, score="grace")(params)
     (file,) = (run / "answers").glob("gradients-*.jsonl")
     assert len(file.read_bytes().splitlines()) == 7
+    before, torn = read_manifest(file)["counts"], len(faked["asked"][6]) // 4
+    assert before["gradients"] == 7
     assert not (run / "answers/selected.jsonl").exists()
     file.write_bytes(file.read_bytes()[:-30])  # a line that a kill tore: this row alone is asked for again
     faked["stop"] = None
     made = choice_of(base, run, score="grace")(params)
     assert made.rated.gradients == every - 6
+    spent = read_manifest(file)["counts"]
+    assert (spent["gradients"], spent["places"]) == (every + 1, whole.rated.places + torn + -torn % ROUND_UP)
+    assert spent["seconds"] == pytest.approx(before["seconds"] + made.rated.seconds, abs=1e-3)
+    assert 0 < before["seconds"] < spent["seconds"]
     assert len(set(faked["asked"])) == every == len(faked["asked"]) - 1
     assert made.rated.scores == pytest.approx(dict(whole.rated.scores), nan_ok=True)
     rows = [json.loads(line)["row"] for line in file.read_text().splitlines()]
     assert len(rows) == len(set(rows)) == every
     assert choice_of(base, run, score="g_norm")(params).rated.gradients == 0, "another score reads the same ones"
+    assert read_manifest(file)["counts"] == spent
     shared = choice_of(base, tmp_path / "other", score="grace", scored="../run")(params)
     assert shared.rated.gradients == 0
 
@@ -355,7 +310,7 @@ def test_who_is_never_right_is_never_chosen(base, faked, tmp_path):
     choice = choice_of(base, tmp_path / "run", said, score="accuracy")
     assert choice.admitted.counts["teachers"]["bob"][""] == 0, "ada has said it all"
     made = choice(built.student_params)
-    assert best_teacher.right_rates(choice.admitted)["bob"] == 1
+    assert right_shares(choice.admitted) == {"ada": 0.75, "bob": 0.5, "cy": 0.0}
     assert made.rated.scores == pytest.approx({"ada": 0.75, "bob": math.nan, "cy": math.nan}, nan_ok=True)
     assert not faked["asked"]
     assert not list((tmp_path / "run/answers").glob("scored-*"))
@@ -382,10 +337,13 @@ def test_an_answer_that_cannot_be_scored_counts_for_nobody(base, faked, tmp_path
     assert made.rated.common == len(SHARED) - 1
     assert without not in made.rated.questions
     assert made.counts["teachers"] == {"bob": 6}
-    assert made.counts["dropped"]["other_teachers"] == 3
+    assert made.counts["dropped"]["other_teachers"] == 4
     assert without not in {one.id for one in read_selected(tmp_path / "run")}
 
-    choice._score = lambda params, scored: 0  # as if scoring had been stopped before another student's first answer
+    choice._score = lambda params, scored: (
+        0,
+        0.0,
+    )  # as if scoring had been stopped before another student's first answer
     with pytest.raises(
         ValueError, match=r"scored-\w+.jsonl must have answer_nll, n_answer of all admitted answers, got no"
     ):
@@ -429,7 +387,7 @@ def test_what_is_read_of_a_policy_without_scores_is_nothing():
     with pytest.raises(ValueError, match="answers.policy must be 'best_teacher' to rate teachers, got 'best'"):
         best_teacher.needs_of(Answers(policy="best"))
     answers = [ScoredAnswer("a", "x"), ScoredAnswer("b", "y")]
-    chosen = choose("q", answers, Answers(policy="best_teacher", score="car", teacher="y"), random.Random(0))
+    chosen = choose("q", answers, Answers(policy="best_teacher", score="car"), random.Random(0), ["y"])
     assert chosen.picks == (Pick(answers[1]),)
 
 

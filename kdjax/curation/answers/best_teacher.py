@@ -24,7 +24,7 @@ from kdjax.curation.answers.scored import SHOWN, ScoredFile
 from kdjax.curation.answers.select import policy_of, score_of
 from kdjax.curation.answers.stage import Stage, open_stage, records
 from kdjax.curation.answers.teacher_scores import TeacherScore, rate_teachers
-from kdjax.curation.answers.verify import RIGHT, Admitted, admitted_answers
+from kdjax.curation.answers.verify import Admitted, admitted_answers, right_shares
 
 DIMENSIONS = 512  # of a projected gradient
 SIGNS = 0  # seed of the projection: one for all teachers and students, so that their gradients can be compared
@@ -38,6 +38,7 @@ class Rated:
 
     common: how many questions every teacher with a usable answer has one to; with fewer than two, teachers were rated
     on whatever they have answered. gradients: how many were taken now, places: their tokens with padding, seconds.
+    file: the name of the file of gradients, "" = the score reads none.
     """
 
     scores: Mapping[str, float]
@@ -46,6 +47,7 @@ class Rated:
     gradients: int = 0
     places: int = 0
     seconds: float = 0.0
+    file: str = ""
 
     def record(self) -> dict[str, Any]:
         """As the manifest of a selection has it."""
@@ -88,20 +90,6 @@ def figures_of(settings: config.Answers) -> config.Answers | None:
         score_of(settings)
         return settings
     return None
-
-
-def right_rates(admitted: Admitted) -> dict[str, float]:
-    """Teacher -> right / (right + wrong + undecided) of its rows; NaN without any.
-
-    Loops, duplicates and identical texts were verified before they were left out: they are right. Rows without an
-    answer and rows that answer no train question have no verdict.
-    """
-    found = {}
-    for teacher, counts in admitted.counts["teachers"].items():
-        right = sum(counts[reason] for reason in RIGHT)
-        judged = right + counts["wrong"] + counts["undecided"]
-        found[teacher] = right / judged if judged else math.nan
-    return found
 
 
 def usable_answers(
@@ -216,9 +204,9 @@ def rows_to_run(
 def rate_usable(admitted: Admitted, settings: config.Answers, usable: Usable) -> dict[str, float]:
     """Teacher -> its score by answers.score, the best first; teachers without one last, with NaN.
 
-    reward is the teacher's share of `right_rates` for each of its answers. A score that reads questions needs two.
+    reward is the teacher's share of `right_shares` for each of its answers. A score that reads questions needs two.
     """
-    rewards, arrays = right_rates(admitted), {}
+    rewards, arrays = right_shares(admitted), {}
     fewest = FEWEST if "question" in needs_of(settings) else 1
     for number, teacher in enumerate(admitted.pool.teachers):
         own = usable.where(usable.teacher == number)

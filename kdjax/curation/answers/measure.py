@@ -17,7 +17,7 @@ from kdjax import config, registry
 from kdjax.curation.answers.encode import Coding, Encoded, EncodedAnswer, Tokens, encode
 from kdjax.curation.answers.gradients import make_gradient_pass, rows_of
 from kdjax.curation.answers.scored import ScoredFile
-from kdjax.curation.answers.scorer import FIGURES, AnswerScorer, Scored, make_answer_scorer, usual_figures
+from kdjax.curation.answers.scorer import FIGURES, Scored, make_answer_scorer, usual_figures
 from kdjax.curation.answers.scores import SCORES, Context
 from kdjax.curation.answers.steps import fit_casl, lalp, local_rows, step_figures, steps_of_tokens
 from kdjax.curation.answers.verify import Admitted, admitted_answers
@@ -48,7 +48,7 @@ def make_measurer(
 
     The figures are those of every forward pass and `needs` besides, of several scores at once if that is wanted; None =
     what answers.score needs. tokens: whether each answer comes with its `TokenFigures`. on_call: as in `scorer.py`, of
-    the passes forward. Raises ValueError for an unknown score or figure, and as `make_answer_scorer` does.
+    all passes forward. Raises ValueError for an unknown score or figure, and as `make_answer_scorer` does.
     """
     needs = registry.lookup(SCORES, settings.score, "answers.score").needs if needs is None else needs
     for name in needs:
@@ -67,7 +67,7 @@ def make_measurer(
         if steps or local:
             found = _with_steps(found, texts, of)
         if local:
-            found = _with_local(found, texts, of, alone, params)
+            found = _with_local(found, texts, of, lambda asked: alone(params, asked, on_call))
         for each in found:
             encoded, answer, _ = texts.pop(each.row)
             if gradient and not each.error:
@@ -131,7 +131,7 @@ def _with_steps(found: Iterable[Scored], texts: Texts, of: Coding) -> Iterator[S
 
 
 def _with_local(
-    found: Iterable[Scored], texts: Texts, of: Coding, scorer: AnswerScorer, params: Params
+    found: Iterable[Scored], texts: Texts, of: Coding, scorer: Callable[[list[Encoded]], Iterator[Scored]]
 ) -> Iterator[Scored]:
     """The steps of a few answers at a time are scored, each as an answer to what comes before it."""
     while some := list(itertools.islice(found, BUFFER)):
@@ -147,7 +147,7 @@ def _with_local(
             for name, (before, step) in zip(of_answer[each.row], rows, strict=True):
                 one = EncodedAnswer(name, each.teacher, _all_of(step))
                 asked.append(Encoded(each.id, _all_of(before), (one,)))
-        nlls = {one.row: one.tokens.nll for one in scorer(params, asked) if one.tokens is not None}
+        nlls = {one.row: one.tokens.nll for one in scorer(asked) if one.tokens is not None}
         for each in some:
             value = math.nan
             names = of_answer.get(each.row, [])

@@ -66,10 +66,13 @@ class ScoredFile:
         line = {"row": row, "id": question, "teacher": teacher, "figures": values, "error": error}
         self._at[int(row, 16)] = self._stage.append(line)
 
-    def finish(self, counts: Mapping[str, Any]) -> None:
-        """Write what the pass took and found into the manifest."""
+    def spent(self, **sums: float) -> None:
+        """What the pass took since the file was opened: "answers", "places" (tokens with padding) and "seconds".
+
+        The manifest has the sums of all passes over the answers, of those that were killed too.
+        """
         if self._stage is not None:
-            self._stage.finish(counts)
+            self._stage.spent(**sums)
 
     def __contains__(self, row: str) -> bool:
         return int(row, 16) in self._at

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from kdjax import config, registry
 from kdjax.curation.answers.scores import SCORES, AnswerScore
@@ -58,7 +58,7 @@ DROPPED = (
     "no_answer",  # none is admitted
     "no_valid_answer",  # all have errors or no score
     "small_pool",  # the group is empty
-    "other_teachers",  # none is of the teacher that is asked for
+    "other_teachers",  # none is of a teacher that is asked for
 )
 
 
@@ -100,11 +100,6 @@ def _longest(valid: Sequence[Pick], _: config.Answers, __: random.Random) -> lis
     return [max(valid, key=lambda pick: pick.answer.length)]
 
 
-def _teacher(valid: Sequence[Pick], settings: config.Answers, draws: random.Random) -> list[Pick]:
-    own = [pick for pick in valid if pick.answer.teacher == settings.teacher]
-    return [draws.choice(own)] if own else []
-
-
 def _mix(valid: Sequence[Pick], settings: config.Answers, draws: random.Random) -> list[Pick]:
     """The longest answer to one question in five, by draw, the shortest to the others."""
     return (_longest if draws.random() < MIX_LONG else _shortest)(valid, settings, draws)
@@ -114,15 +109,18 @@ def _mix(valid: Sequence[Pick], settings: config.Answers, draws: random.Random) 
 class Policy:
     """pick: of the valid answers. scores, lengths: does it read these? teachers: are they scored in place of answers?
 
-    none: why a question is left with nothing.
+    few: is it given the answers of some teachers alone? none: why a question is left with nothing.
     """
 
     pick: Callable[[Sequence[Pick], config.Answers, random.Random], list[Pick]]
     scores: bool = False
     lengths: bool = False
     teachers: bool = False
+    few: bool = False
     none: str = "no_valid_answer"
 
+
+_FEW = Policy(_random, few=True, none="other_teachers")
 
 POLICIES: dict[str, Policy] = {
     "group": Policy(_group, scores=True, none="small_pool"),  # of answers.groups of equal size, answers.group; SCAS
@@ -131,9 +129,9 @@ POLICIES: dict[str, Policy] = {
     "all": Policy(_all),
     "shortest": Policy(_shortest, lengths=True),
     "longest": Policy(_longest, lengths=True),
-    "strongest": Policy(_teacher, none="other_teachers"),  # of the teacher that is right most often
-    "teacher": Policy(_teacher, none="other_teachers"),  # of answers.teacher
-    "best_teacher": Policy(_teacher, teachers=True, none="other_teachers"),  # of whom answers.score rates best
+    "strongest": _FEW,  # of the teacher that is right most often; of equals one of their answers is drawn
+    "teacher": _FEW,  # of answers.teacher
+    "best_teacher": dataclasses.replace(_FEW, teachers=True),  # of whom answers.score rates best; of equals as above
     "mix": Policy(_mix, lengths=True),  # long and short answers, 2502.12143
 }
 
@@ -160,15 +158,18 @@ def score_of(settings: config.Answers) -> AnswerScore | TeacherScore:
 
 
 def choose(
-    question: str, scored: Sequence[ScoredAnswer], settings: config.Answers, draws: random.Random
+    question: str,
+    scored: Sequence[ScoredAnswer],
+    settings: config.Answers,
+    draws: random.Random,
+    teachers: Collection[str] = (),
 ) -> Chosen | Dropped:
     """The answer (all: answers) to a question that is trained on; no one with an error or, where it counts, no score.
 
     Answers are ranked by (score, teacher, row), the preferred first whether its score is low or high, and without
     scores taken in the order of (teacher, row): the order of `scored` does not matter. draws: one generator for all
-    questions, which come in the order of their ids as JSON. answers.policy "strongest" and "best_teacher" take
-    answers.teacher, which is then the name of that one. Raises ValueError for an unknown policy or score, and for a row
-    that comes twice.
+    questions, which come in the order of their ids as JSON. teachers: whose answers a policy of a few teachers draws
+    from, each alike. Raises ValueError for an unknown policy or score, and for a row that comes twice.
     """
     policy = policy_of(settings)
     if len({answer.row for answer in scored}) < len(scored):
@@ -186,7 +187,8 @@ def choose(
         ranked = tuple(map(Pick, sorted(valid, key=lambda answer: (answer.teacher, answer.row))))
     if not ranked:
         return Dropped("no_valid_answer" if scored else "no_answer")
-    picks = policy.pick(ranked, settings, draws)
+    offered = [pick for pick in ranked if pick.answer.teacher in teachers] if policy.few else ranked
+    picks = policy.pick(offered, settings, draws) if offered else []
     if not picks:
         return Dropped(policy.none, ranked)
     return Chosen(tuple(picks), len(ranked) == 1, ranked)

@@ -6,7 +6,9 @@ score_key "" and score_value null, score_rank and group 0 where the policy reads
 the file, what it depends on, and counts that add up: selected + dropped questions are all, considered + not_drawn
 answers are the admitted ones, valid + errors are the considered ones. With policy "best_teacher" also "teacher_scores",
 {teacher: its score or null}, the best first, "common_questions" and "rated_questions"; see best_teacher.py. With
-answers.families the counts have "same_family": how many of the admitted and of the selected answers are of these.
+"strongest", "teacher" and "best_teacher" the counts have "taken_teachers": whose answers are drawn from, more than one
+where they are equals. With answers.families they have "same_family": how many of the admitted and of the selected
+answers are of these.
 """
 
 from __future__ import annotations
@@ -71,7 +73,8 @@ def select(
     for policy "best_teacher". All questions share one generator of answers.seed. Raises ValueError if what the policy
     reads is not given or not whole, for an unknown policy, score or teacher, and if nothing is selected.
     """
-    settings = _resolved(as_released(settings), admitted, scored, measure, rated)
+    settings = as_released(settings)
+    teachers = _taken(settings, admitted, scored, measure, rated)
     context = context or Context(question_share=settings.question_share)
     tally, draws, family = _Tally(), random.Random(settings.seed), _family(settings, admitted.pool.teachers)
     path = workdir / FOLDER / f"{name}.jsonl"
@@ -80,7 +83,7 @@ def select(
     with open(beside, "wb") as file:
         for prompt, candidates in admitted_answers(admitted, settings):
             answers, nlls = _scored(candidates, settings, scored, measure, context)
-            chosen = choose(prompt.id, answers, settings, draws)
+            chosen = choose(prompt.id, answers, settings, draws, teachers)
             tally.add(prompt.id, answers, nlls, chosen)
             for one in _lines(candidates, chosen, settings) if isinstance(chosen, Chosen) else ():
                 line = (json.dumps(dataclasses.asdict(one), ensure_ascii=False, allow_nan=False) + "\n").encode()
@@ -88,7 +91,7 @@ def select(
                 file.write(line)
         file.flush()
         os.fsync(file.fileno())
-    counts = tally.counts(admitted, family)
+    counts = tally.counts(admitted, family) | ({"taken_teachers": teachers} if teachers else {})
     if not counts["rows"]:
         beside.unlink()
         raise ValueError(
@@ -97,6 +100,7 @@ def select(
             "answers.teacher and the errors of the scores."
         )
     depends = {"format": FORMAT, "pool": admitted.pool.content, "scored": scored.path.name if scored else ""}
+    depends |= {"gradients": rated.file if rated else ""}
     depends |= {"settings": dataclasses.asdict(settings)}
     os.replace(beside, path)
     of_teachers = rated.record() if rated is not None else {}
@@ -202,14 +206,14 @@ class _Tally:
         } | ({"same_family": of_family} if family else {})
 
 
-def _resolved(
+def _taken(
     settings: config.Answers,
     admitted: Admitted,
     scored: ScoredFile | None,
     measure: Measure | None,
     rated: Rated | None,
-) -> config.Answers:
-    """The settings with the teacher that a policy takes. ValueError if something is missing."""
+) -> list[str]:
+    """The teachers that a policy of a few takes, by name; [] with the others. ValueError if something is missing."""
     policy, teachers = policy_of(settings), admitted.pool.teachers
     if policy.scores and scored is None:
         raise ValueError(
@@ -218,17 +222,23 @@ def _resolved(
         )
     if policy.lengths and measure is None:
         raise ValueError(f"answers.policy={settings.policy!r} must have lengths, got no measure of them.")
+    if not policy.few:
+        return []
     if settings.policy == "strongest":
         shares = right_shares(admitted)
-        return dataclasses.replace(settings, teacher=max(sorted(shares), key=lambda name: shares[name]))
+        return _equals(shares, max(shares.values()))
     if policy.teachers:
-        return dataclasses.replace(settings, teacher=_best_of(settings, rated))
-    if settings.policy == "teacher" and settings.teacher not in teachers:
+        return _best_of(settings, rated)
+    if settings.teacher not in teachers:
         raise ValueError(
             f"answers.teacher must be a teacher of answers.pool, got {settings.teacher!r}."
             + registry.did_you_mean(settings.teacher, teachers)
         )
-    return settings
+    return [settings.teacher]
+
+
+def _equals(values: Mapping[str, float], best: float) -> list[str]:
+    return sorted(name for name, value in values.items() if value == best)
 
 
 def _family(settings: config.Answers, teachers: Sequence[str]) -> list[str]:
@@ -242,21 +252,21 @@ def _family(settings: config.Answers, teachers: Sequence[str]) -> list[str]:
     return [teacher for teacher in teachers if teacher.startswith(tuple(settings.families))]
 
 
-def _best_of(settings: config.Answers, rated: Rated | None) -> str:
-    """The teacher with the best score."""
+def _best_of(settings: config.Answers, rated: Rated | None) -> list[str]:
+    """The teachers with the best score."""
     if rated is None:
         raise ValueError(
             f"answers.policy={settings.policy!r} must have rated teachers, got none; the student has to read answers "
             "first. Run `python -m launch.curate`, or set another policy."
         )
-    best = next((teacher for teacher, score in rated.scores.items() if math.isfinite(score)), None)
+    best = next((score for score in rated.scores.values() if math.isfinite(score)), None)
     if best is None:
         raise ValueError(
             f"answers.score={settings.score!r} must rate a teacher, got no score of {', '.join(rated.scores)}; "
             f"together they have usable answers to {len(rated.questions)} questions. Look at data.seq_len, or set "
             "another answers.score."
         )
-    return best
+    return _equals(rated.scores, best)
 
 
 def _scored(

@@ -1,13 +1,15 @@
 """A stage's file, <name>.jsonl, to which lines are only ever appended, and <name>.manifest.json beside it.
 
-The manifest has what the lines depend on ("depends") and, once the stage is through, "counts". A kill at any moment
-leaves whole lines but for the last one, which is cut off when the file is opened again.
+The manifest has what the lines depend on ("depends") and "counts": what came out once the stage is through, or what was
+spent so far. A kill at any moment leaves whole lines but for the last one, which is cut off when the file is opened
+again.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,13 +18,17 @@ from kdjax.run_log import cut_off_last_line, lock, write_whole
 
 FORMAT = 1
 FOLDER = "answers"  # of a workdir
+EVERY = 1.0  # seconds between two writings of what was spent; a kill -9 loses the sums of that time at most
 
 
 class Stage:
     """An open file of a stage, by `open_stage`; a context manager."""
 
-    def __init__(self, path: Path, file: BinaryIO, depends: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, file: BinaryIO, depends: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
         self.path, self._file, self._depends = path, file, depends
+        self._before = counts
+        self._unwritten: dict[str, float] = {}
+        self._written = time.monotonic()
 
     def append(self, record: Mapping[str, Any]) -> int:
         """Hand one line to the operating system: from then on a kill cannot lose it. Returns its byte offset."""
@@ -36,9 +42,26 @@ class Stage:
         """Write what came out into the manifest."""
         _write_manifest(self.path, self._depends, counts)
 
+    def spent(self, **sums: float) -> None:
+        """What was spent since the file was opened; added to what the manifest had then.
+
+        It is written when EVERY seconds have passed since it was last, and when the file is closed.
+        """
+        self._unwritten = {name: round(self._before.get(name, 0) + of, 3) for name, of in sums.items()}
+        if time.monotonic() - self._written > EVERY:
+            self._write_spent()
+
+    def _write_spent(self) -> None:
+        if self._unwritten:
+            self.finish(self._unwritten)
+        self._unwritten, self._written = {}, time.monotonic()
+
     def close(self) -> None:
-        """Close the file, and let another process write it."""
-        self._file.close()
+        """Write what was spent, close the file, and let another process write it."""
+        try:
+            self._write_spent()
+        finally:
+            self._file.close()
 
     def __enter__(self) -> Stage:
         return self
@@ -58,14 +81,15 @@ def open_stage(path: Path, depends: Mapping[str, Any], *, renew: bool) -> Stage:
     file = open(path, "a+b", buffering=0)  # noqa: SIM115, it is the stage's
     try:
         _lock(file, path)
-        there = read_manifest(path).get("depends")
-        if there != depends:
+        there = read_manifest(path)
+        if there.get("depends") != depends:
             if not renew and os.path.getsize(path):
-                raise ValueError(_differing(path, there or {}, depends))
+                raise ValueError(_differing(path, there.get("depends") or {}, depends))
             file.truncate(0)  # before there is a manifest that says what its lines are of
             _write_manifest(path, depends, None)
+            there = {}
         cut_off_last_line(path)
-        return Stage(path, file, depends)
+        return Stage(path, file, depends, there.get("counts") or {})
     except BaseException:
         file.close()
         raise

@@ -41,7 +41,10 @@ class TeacherScore:
 
 
 def car(reward: Float[np.ndarray, "N"], nll: Float[np.ndarray, "N"], beta: float = BETA) -> float:
-    """Compatibility-adjusted reward r / (1 + beta L): mean reward r, mean loss L of the student (arXiv 2411.07133)."""
+    """Compatibility-adjusted reward r / (1 + beta L): mean reward r, mean loss L of the student (arXiv 2411.07133).
+
+    best_teacher.py gives how often the teacher is right as its reward: `verify.right_shares`, as for the strongest one.
+    """
     return float(np.mean(reward) / (1 + beta * np.mean(nll)))
 
 

@@ -291,6 +291,11 @@ def test_the_share_of_right_answers(tmp_path, judged):
     found = admitted(tmp_path, tmp_path / "p", verifier="says")
     # identical texts and loops are right answers; two questions are answered in all
     assert right_shares(found) == {"ada": 0.5, "bob": 1.0, "cy": 0.0}
+    write(tmp_path / "p" / "ada.jsonl", [row(ONE, "a"), *[row(ONE, "wrong")] * 2, row(QUESTIONS[2], "")])
+    write(tmp_path / "p" / "cy.jsonl", [row(QUESTIONS[2], "a"), row(QUESTIONS[2], "b")])
+    found = admitted(tmp_path, tmp_path / "p", verifier="says")
+    # a third of ada's answers to one question, and none to the other; both of cy's to one
+    assert right_shares(found) == {"ada": pytest.approx(1 / 6), "bob": 1.0, "cy": 0.5}
 
 
 SLOW = """

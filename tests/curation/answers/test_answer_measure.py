@@ -2,16 +2,19 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kdjax.build import language_model
 from kdjax.config import Answers, Data
-from kdjax.curation.answers.encode import coding
+from kdjax.curation.answers.encode import coding, encode
 from kdjax.curation.answers.measure import fitted_context, make_measurer, measurable
+from kdjax.curation.answers.pool import Candidate
 from kdjax.curation.answers.scores import SCORES
-from kdjax.models import ModelConfig, synthetic
+from kdjax.data.prompts import Prompt
+from kdjax.models import ModelConfig, init_params, synthetic
 from kdjax.sharding import Rules
 
 MODEL = language_model(ModelConfig("llama", 97, 32, 1, 4, 2, 8, 48, tied=True), Rules(), 97, jnp.float32)
@@ -27,6 +30,22 @@ def test_unknown_figures_are_refused():
         make_measurer(MODEL, Answers(), of, needs=("brier", "local_logq"))
     with pytest.raises(ValueError, match="^answers.score must be a known name .*got 'lalq'"):
         make_measurer(MODEL, Answers(score="lalq"), of)
+
+
+def test_steps_that_are_read_by_themselves_are_counted():
+    """Three steps follow the first two; the second pass over them is told of too."""
+    of = coding(synthetic.make_tokenizer(), Data(seq_len=64, chat_template=False), Answers())
+    question, calls = Prompt("q", "Why?"), []
+    one = Candidate(question, "ada", "We add. We see. We go. We end. Yes.", "0" * 16)
+    cfg = ModelConfig("llama", 259, 32, 1, 4, 2, 8, 48, tied=True)
+    model, params = language_model(cfg, Rules(), 259, jnp.float32), init_params(cfg, jax.random.key(0))
+    measure = make_measurer(
+        model, Answers(score="lalp"), of, on_call=lambda answers, places: calls.append((answers, places))
+    )
+    (found,) = measure(params, [(encode(question, [one], of), {one.row: one.text})])
+    assert np.isfinite(found.figures["local_logp"])
+    assert [answers for answers, _ in calls] == [1, 3]
+    assert all(places >= 64 for _, places in calls)
 
 
 def test_a_slope_that_is_not_determined_is_said():

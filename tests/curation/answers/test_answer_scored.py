@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from kdjax.curation.answers import stage
 from kdjax.curation.answers.scored import ScoredLine, open_scored, read_scored, scored_path
 from kdjax.curation.answers.stage import read_manifest
 
@@ -27,7 +28,7 @@ def test_a_line_is_what_was_handed_in(path):
         scored.append(ROWS[0], "q1", "ada", {"answer_nll": 1.5, "sim_aq": math.nan, "n_answer": 3})
         scored.append(ROWS[1], "q1", "bob", None, "special_only")
         assert scored[ROWS[1]] == ScoredLine(ROWS[1], "bob", {}, "special_only"), "at once"
-        scored.finish({"tokens": 7})
+        scored.spent(places=7)
     assert path.name == "scored-0123456789ab.jsonl"
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {
@@ -39,7 +40,7 @@ def test_a_line_is_what_was_handed_in(path):
         },
         {"row": ROWS[1], "id": "q1", "teacher": "bob", "figures": None, "error": "special_only"},
     ]
-    assert read_manifest(path)["counts"] == {"tokens": 7}
+    assert read_manifest(path)["counts"] == {"places": 7}
     with read_scored(path) as scored:
         assert ROWS[0] in scored
         assert ROWS[2] not in scored
@@ -47,6 +48,8 @@ def test_a_line_is_what_was_handed_in(path):
         line = scored[ROWS[0]]
         assert (line.values["answer_nll"], line.error, line.teacher) == (1.5, "", "ada")
         assert math.isnan(line.values["sim_aq"])
+        scored.spent(places=9)  # of a process that only reads
+        assert read_manifest(path)["counts"] == {"places": 7}
         with pytest.raises(ValueError, match="must be opened by open_scored to be written"):
             scored.append(ROWS[2], "q1", "cy", None, "x")
 
@@ -123,6 +126,34 @@ def test_a_kill_at_any_byte_loses_one_line(path):
                 if row not in scored:
                     scored.append(row, "q", "ada", {"a": 1.0})
         assert path.read_bytes() == whole
+
+
+def test_what_was_spent_is_added_up_over_passes(path, monkeypatch):
+    """It is in the manifest while a pass is under way, now and then, and when it stops, for whatever reason."""
+
+    def known():
+        return read_manifest(path)["counts"]
+
+    monkeypatch.setattr(stage, "EVERY", 0.0)
+    with open_scored(path, DEPENDS) as scored:
+        assert known() is None
+        for answers in (1, 2):
+            scored.spent(answers=answers, places=10 * answers, seconds=0.25 * answers)
+            assert known() == {"answers": answers, "places": 10 * answers, "seconds": 0.25 * answers}
+    monkeypatch.setattr(stage, "EVERY", 60.0)
+    scored = open_scored(path, DEPENDS)
+    scored.spent(answers=1, places=8, seconds=0.125)
+    scored.spent(answers=2, places=16, seconds=0.1254)
+    assert known()["answers"] == 2, "soon"
+    with pytest.raises(KeyboardInterrupt), scored:
+        raise KeyboardInterrupt
+    assert known() == {"answers": 4, "places": 36, "seconds": 0.625}
+    with open_scored(path, DEPENDS):
+        pass
+    assert known() == {"answers": 4, "places": 36, "seconds": 0.625}
+    with open_scored(path, DEPENDS | {"alignment": "predictor"}) as scored:  # nothing is in the file
+        scored.spent(answers=1, places=8, seconds=0.5)
+    assert known() == {"answers": 1, "places": 8, "seconds": 0.5}
 
 
 ENDLESS = """

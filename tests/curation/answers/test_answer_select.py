@@ -89,11 +89,12 @@ def test_the_order_of_answers_does_not_matter():
     some, draws = answers(12), random.Random(0)
     tied = [dataclasses.replace(one, score=one.score // 4, length=10, teacher=f"t{int(one.score) % 3}") for one in some]
     for policy in POLICIES:
-        settings = Answers(policy=policy, score="grape", teacher="t1")
-        first = choose("q", tied, settings, random.Random(1))
+        settings, few = Answers(policy=policy, score="grape"), {"t1", "t2"}
+        first = choose("q", tied, settings, random.Random(1), few)
+        assert isinstance(first, Chosen)
         for _ in range(5):
             draws.shuffle(tied)
-            assert choose("q", tied, settings, random.Random(1)) == first, policy
+            assert choose("q", tied, settings, random.Random(1), few) == first, policy
 
 
 # --- small pools, errors, directions
@@ -125,37 +126,39 @@ def test_a_single_answer_is_forced():
 @pytest.mark.parametrize("policy", POLICIES)
 def test_nothing_with_an_error_is_ever_chosen(policy):
     """Invariant 20: and an error takes no place in the ranking."""
-    settings = Answers(policy=policy, score="grape", teacher="t07")
+    settings, few = Answers(policy=policy, score="grape"), ("t07",)
     good = [*answers(3), ScoredAnswer("f" * 16, "t07", 3.0, 30)]
     bad = [dataclasses.replace(one, row=f"b{one.row[1:]}", score=-9.0, error="special_only") for one in answers(9)]
     bad += [ScoredAnswer("e" * 16, "t99", 0.0, 1, "not_finite")]
     if POLICIES[policy].scores:
         bad += [ScoredAnswer(f"d{n}", "t98", value, 1) for n, value in enumerate((math.nan, math.inf, -math.inf))]
     for seed in range(20):
-        found = choose("q", bad + good, settings, random.Random(seed))
+        found = choose("q", bad + good, settings, random.Random(seed), few)
         assert {pick.answer.row for pick in found.picks} <= {one.row for one in good}
-        assert found == choose("q", good, settings, random.Random(seed))
-    assert choose("q", bad, settings, random.Random(0)) == Dropped("no_valid_answer")
+        assert found == choose("q", good, settings, random.Random(seed), few)
+    assert choose("q", bad, settings, random.Random(0), few) == Dropped("no_valid_answer")
     assert choose("q", [], settings, random.Random(0)) == Dropped("no_answer")
 
 
 def test_what_each_policy_takes():
-    def taken(policy, seed=0, **settings):
-        return teachers(
-            choose("q", answers(10), Answers(policy=policy, score="grape", **settings), random.Random(seed))
-        )
+    def taken(policy, seed=0, few=(), **settings):
+        settings = Answers(policy=policy, score="grape", **settings)
+        return teachers(choose("q", answers(10), settings, random.Random(seed), few))
 
     assert taken("best") == ["t00"]
     assert taken("group")[0] in ("t00", "t01")
     assert taken("group", group=5)[0] in ("t08", "t09")
     assert taken("all") == [f"t{n:02}" for n in range(10)]
     assert (taken("shortest"), taken("longest")) == (["t00"], ["t09"])
-    assert taken("teacher", teacher="t04") == taken("strongest", teacher="t04") == ["t04"]
+    for policy in ("teacher", "strongest", "best_teacher"):
+        assert taken(policy, few=("t04",)) == ["t04"]
+        drawn = [taken(policy, seed, ("t04", "t07"))[0] for seed in range(200)]
+        assert 70 < drawn.count("t04") == 200 - drawn.count("t07") < 130, "each alike"
     assert len({taken("random", seed)[0] for seed in range(60)}) == 10
     mixed = [taken("mix", seed) for seed in range(1000)]
     assert {name for (name,) in mixed} == {"t00", "t09"}
     assert 150 < sum(name == ["t09"] for name in mixed) < 250, "one in five is long"
-    missing = choose("q", answers(3), Answers(policy="teacher", teacher="t04"), random.Random(0))
+    missing = choose("q", answers(3), Answers(policy="teacher"), random.Random(0), ("t04",))
     assert missing.reason == "other_teachers"
 
 
@@ -290,11 +293,11 @@ def test_shuffled_files_and_lines_give_the_same_selection(tmp_path):
             found.append((workdir / "answers" / "selected.jsonl").read_bytes())
     half = len(found) // 2
     assert found[:half] == found[half:]
-    assert len(set(found[:half])) == half - 1, "the strongest is the first of equals, whose answers are the shortest"
+    assert len(set(found[:half])) == half - 1, "all are right always: the strongest are drawn from as at random"
 
 
 def test_policies_without_scores_need_no_scores(tmp_path, pool):
-    for policy, chosen in (("shortest", "ada"), ("longest", "cy"), ("strongest", "ada")):
+    for policy, chosen in (("shortest", "ada"), ("longest", "cy")):
         select(tmp_path, pool, Answers(policy=policy), measure=words)
         assert teacher_shares(read_selected(tmp_path)) == {chosen: 1.0}
     first = next(read_selected(tmp_path))
@@ -314,9 +317,37 @@ def test_the_strongest_teacher_is_right_most_often(tmp_path):
     write(tmp_path / "p" / "cy.jsonl", [row(question, question.answer) for question in QUESTIONS[1:3]])
     pool = admitted(tmp_path, tmp_path / "p", settings=Answers(identical="all"))
     counts = select(tmp_path, pool, Answers(policy="strongest"))
-    assert counts["teachers"] == {"cy": 2}
+    assert (counts["teachers"], counts["taken_teachers"]) == ({"cy": 2}, ["cy"])
     assert counts["dropped"] == {"no_answer": 3, "other_teachers": 1}
     assert set(counts["dropped"]) <= set(DROPPED)
+
+
+def test_equals_of_the_strongest_are_drawn_from(tmp_path):
+    """ada and bob are right five times of six, cy four times; one of the two is drawn, whatever their names."""
+    wrong = {("ada", "q0"), ("bob", "q5"), ("cy", "q1"), ("cy", "q2")}
+    drawn = {}
+    for order in (1, -1):
+        workdir = tmp_path / str(order)
+        for at, name in enumerate(TEACHERS):
+            rows = [row(q, "I say 99." if (name, q.id) in wrong else right(q, at)) for q in QUESTIONS]
+            write(workdir / "p" / f"{name}.jsonl", rows[::order])
+        pool = admitted(workdir, workdir / "p")
+        for seed in range(8):
+            counts = select(workdir, pool, Answers(policy="strongest", seed=seed))
+            assert counts["taken_teachers"] == ["ada", "bob"]
+            who = {one.id: one.teacher_name for one in read_selected(workdir)}
+            assert (who["q0"], who["q5"], len(who)) == ("bob", "ada", 6)
+            assert drawn.setdefault(seed, who) == who, "the order of rows does not matter"
+    assert {who["q3"] for who in drawn.values()} == {"ada", "bob"}
+    assert len({tuple(who.values()) for who in drawn.values()}) > 4
+    assert all("cy" not in who.values() for who in drawn.values())
+
+    write(tmp_path / "1" / "p" / "bob.jsonl", [row(q, right(q, 1)) for q in QUESTIONS])
+    pool, found = admitted(tmp_path / "1", tmp_path / "1" / "p"), []
+    for settings in (Answers(policy="strongest"), Answers(policy="teacher", teacher="bob")):
+        assert select(tmp_path / "1", pool, settings)["taken_teachers"] == ["bob"]
+        found.append((tmp_path / "1" / "answers" / "selected.jsonl").read_bytes())
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(
