@@ -65,7 +65,7 @@ def measure(built: Built, params: Params, admitted: Admitted, questions: int) ->
     optimiser, _ = make_optimiser(dataclasses.replace(e.optim, schedule="constant", warmup=0), e.train.steps)
     told = [row for one, _ in probe for row in rows_of(one)]
     told = [told[at] for at in np.sort(rng.permutation(len(told))[:PROBE_ROWS])]
-    gain = make_gain(built.parts.student, optimiser, told)
+    gain = make_gain(built.parts.student, optimiser, told, built.rules)
     answers = list(_answers([one for one, _ in asked]))
     rows, lines, progress = [row for *_, row in answers], [], Progress(len(answers), unit="answer")
     for (encoded, answer, _), gradient, gained in zip(answers, exact(params, rows), gain(params, rows), strict=True):

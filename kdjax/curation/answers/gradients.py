@@ -1,7 +1,8 @@
 """The yardstick: exact gradients of an answer's mean loss, by a backward pass over all parameters.
 
-Costs three forward passes and as much memory as the parameters, twice with the question's: for small models, to see
-what the forward-only figures are worth, and for the scores that are made of projected gradients.
+Costs three forward passes and as much memory as the parameters, twice with the question's: to see what the forward-only
+figures are worth, and for the scores that are made of projected gradients. On a mesh parameters, gradients and moments
+stay as the rules store them.
 """
 
 import functools
@@ -20,6 +21,7 @@ from jaxtyping import Float
 from kdjax.config import Loss
 from kdjax.curation.answers.encode import Encoded
 from kdjax.curation.snr import project
+from kdjax.data import fed_places, on_mesh
 from kdjax.kernels.linear_divergence import linear_divergence
 from kdjax.kernels.linear_stats import linear_stats
 from kdjax.losses.cross_entropy import cross_entropy
@@ -137,38 +139,44 @@ def make_gradient_pass(
 
 
 def make_gain(
-    model: LanguageModel, optimiser: optax.GradientTransformation, probe: Sequence[Row]
+    model: LanguageModel, optimiser: optax.GradientTransformation, probe: Sequence[Row], rules: Rules = Rules()
 ) -> Callable[[Params, Iterable[Row]], Iterator[float]]:
     """gain(params, rows) -> of each row by how much one update on it alone lowers the loss of the probe, nats.
 
-    The loss of the probe: the mean over its rows of the mean NLL over A. The update is the optimiser's first one. One
-    program is compiled per width of the rows. Raises ValueError for a probe without a row.
+    The loss of the probe: the mean over its rows of the mean NLL over A. The update is the optimiser's first one; it
+    takes the memory of a gradient, two moments and the new parameters. One program is compiled per width of the rows.
+    On a mesh the rows of the probe are split over it; of several processes all have to call. Raises ValueError for a
+    probe without a row.
     """
     if not probe:
         raise ValueError("probe must hold rows, got none; a gain is measured on them. Set questions aside for it.")
-    columns = _padded(probe)
+    count, columns = len(probe), _padded(probe, rules.batch_shards)
+    fed = fed_places(rules, len(columns[0]))
+    split = tuple(on_mesh(column[fed], rules) for column in columns)
 
     def update(params: Params, row: tuple[Array, ...]) -> Params:
         tokens, length, answer = row
-        own = jax.grad(lambda p: _mean_nlls(model, Rules(), p, tokens, length, (answer,))[0])(params)
+        own = jax.grad(lambda p: _mean_nlls(model, rules, p, tokens, length, (answer,))[0])(params)
         return optax.apply_updates(params, optimiser.update(own, optimiser.init(params), params)[0])
 
-    updated, of_probe = jax.jit(update), jax.jit(functools.partial(_probe_loss, model))
+    updated, of_probe = jax.jit(update), jax.jit(functools.partial(_probe_loss, model, rules, count))
 
     def gain(params: Params, rows: Iterable[Row]) -> Iterator[float]:
-        before = float(of_probe(params, *columns))
+        before = float(of_probe(params, *split))
         for row in rows:
-            tokens, lengths, answer = (column[0] for column in _padded([row]))
-            yield before - float(of_probe(updated(params, (tokens, lengths, answer)), *columns))
+            one = _repeated(tuple(column[0] for column in _padded([row])), rules)
+            yield before - float(of_probe(updated(params, one), *split))
 
     return gain
 
 
-def _padded(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ids [P, T], lengths [P], A [P, T]); T a multiple of ROUND_UP."""
-    width = -(-max(len(ids) for ids, *_ in rows) // ROUND_UP) * ROUND_UP
+def _padded(rows: Sequence[Row], parts: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids [P, T], lengths [P], A [P, T]); T a multiple of ROUND_UP, P of `parts` by empty rows at the end."""
+    width, room = -(-max(len(ids) for ids, *_ in rows) // ROUND_UP) * ROUND_UP, -len(rows) % parts
     ids, answers = (np.stack([np.pad(row[at], (0, width - len(row[at]))) for row in rows]) for at in (0, 1))
-    return ids.astype(np.int32), np.array([len(row[0]) for row in rows], np.int32), answers
+    lengths = np.array([len(row[0]) for row in rows])
+    ids, lengths, answers = (np.pad(a, [(0, room)] + [(0, 0)] * (a.ndim - 1)) for a in (ids, lengths, answers))
+    return ids.astype(np.int32), lengths.astype(np.int32), answers
 
 
 def _as_batch(tokens: Array, lengths: Array) -> Batch:
@@ -224,20 +232,35 @@ def _as_row(tokens: Array, length: Array) -> Batch:
 
 
 def _repeated(row: Any, rules: Rules) -> Any:
-    """The same on all devices."""
-    return row if rules.mesh is None else jax.device_put(row, NamedSharding(rules.mesh, P()))
+    """The same on all devices; every process has it."""
+    if rules.mesh is None:
+        return row
+    whole = NamedSharding(rules.mesh, P())
+    return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, whole, lambda index: a[index]), row)
 
 
 def _whole(tree: Any, rules: Rules) -> Any:
     return jax.tree.map(lambda leaf: rules.reshard(leaf, P()), tree)
 
 
-def _probe_loss(model: LanguageModel, params: Params, tokens: Array, lengths: Array, answers: Array) -> Array:
+def _probe_loss(
+    model: LanguageModel, rules: Rules, count: int, params: Params, tokens: Array, lengths: Array, answers: Array
+) -> Array:
+    """The sum over rows of the mean NLL over A, by `count`; an empty row adds nothing."""
+
+    def local(hidden: Array, head: Head, labels: Array, at: Array) -> Array:
+        ((hidden, head),) = rules.with_heads([(hidden, head)], [specs])
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        found = linear_stats(flat, head, labels.reshape(-1), implementation=rules.kernels)
+        nll = -found.label_logp.reshape(labels.shape)
+        means = jnp.sum(jnp.where(at, nll, 0.0), 1) / jnp.maximum(jnp.sum(at, 1), 1)
+        return rules.sum_over_batch(jnp.sum(means))
+
+    specs = side_specs(model, rules)
     hidden, head = model.hidden(params, _as_batch(tokens, lengths)), model.head(params)
-    labels = jnp.roll(tokens, -1, axis=1).reshape(-1)
-    nll = -linear_stats(hidden.reshape(-1, hidden.shape[-1]), head, labels).label_logp.reshape(tokens.shape)
-    at = jnp.roll(answers, -1, axis=1)
-    return jnp.mean(jnp.sum(jnp.where(at, nll, 0.0), 1) / jnp.maximum(jnp.sum(at, 1), 1))
+    labels, at = (jnp.roll(a, -1, axis=1) for a in (tokens, answers))
+    run = rules.rowwise(local, (*specs, rules.batch_spec(2), rules.batch_spec(2)), P())
+    return run(hidden, head, labels, at) / count
 
 
 def _inner(one: Any, other: Any) -> Float[Array, ""]:

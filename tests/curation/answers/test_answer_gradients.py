@@ -10,11 +10,12 @@ import pytest
 
 from kdjax import models
 from kdjax.build.parts import language_model
-from kdjax.config import Mesh
+from kdjax.config import Mesh, Optim
 from kdjax.curation import snr
 from kdjax.curation.answers import gradients
 from kdjax.curation.answers.encode import Encoded, EncodedAnswer, Tokens
 from kdjax.models import synthetic
+from kdjax.optim import make_optimiser
 from kdjax.sharding import Rules, make_rules
 from tests.curation.answers import plain_llama as plain
 
@@ -105,23 +106,60 @@ def test_the_second_pass_is_left_out_and_rows_may_be_mapped(student):
         )
 
 
-@pytest.mark.parametrize("mesh", [Mesh("fsdp"), Mesh("fsdp_tp", "data:2,model:2")], ids=str)
-def test_a_mesh_gives_the_same_gradients(student, mesh):
-    """The copies of a row on its devices add up to one."""
-    cfg, _, _ = student
-    cfg = dataclasses.replace(cfg, kv_heads=2)  # for two parts
-    rules = make_rules(mesh)
-    specs = models.param_specs(cfg)
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Of a student of which eight devices may hold a part each: one row's gradient, the gains of two."""
+
+    cfg: models.ModelConfig
+    params: dict
+    gradient: gradients.AnswerGradient
+    gains: list[float]
+
+
+OPTIONS = {"question": True, "dimensions": 64, "seed": 3}
+
+
+def gains_of(model, params, rules):
+    """Of two rows, on a probe of fewer rows than a batch has parts."""
+    optimiser, _ = make_optimiser(Optim(learning_rate=1e-2, schedule="constant", warmup=0), 4)
+    run = gradients.make_gain(model, optimiser, [row(5, 7), row(8, 1), row(3, 5)], rules)
+    return list(run(params, [row(6), row(4, 2)]))
+
+
+@pytest.fixture(scope="module")
+def on_one(student):
+    cfg = dataclasses.replace(student[0], width=16, kv_heads=2)
     rng = np.random.default_rng(2)
-    plainly = jax.tree.map(lambda s: jnp.asarray(s.init.mean + s.init.std * rng.normal(size=s.shape)), specs)
-    placed = jax.tree.map(lambda leaf, s: jax.device_put(leaf, rules.storage(s.axes, s.shape)), plainly, specs)
-    options = {"question": True, "dimensions": 64, "seed": 3}
-    one = gradients.make_gradient_pass(language_model(cfg, Rules(), VOCAB, jnp.float32), **options)
-    many = gradients.make_gradient_pass(language_model(cfg, rules, VOCAB, jnp.float32), rules, **options)
-    for found, want in zip(many(placed, [row(5)]), one(plainly, [row(5)]), strict=True):
-        for name in ("answer_nll", "question_nll", "norm", "cross", "question_norm"):
-            np.testing.assert_allclose(getattr(found, name), getattr(want, name), rtol=1e-5, atol=1e-5, err_msg=name)
-        np.testing.assert_allclose(found.projected, want.projected, atol=1e-5 * np.linalg.norm(want.projected))
+    params = jax.tree.map(
+        lambda s: jnp.asarray(s.init.mean + s.init.std * rng.normal(size=s.shape)), models.param_specs(cfg)
+    )
+    model = language_model(cfg, Rules(), VOCAB, jnp.float32)
+    (gradient,) = gradients.make_gradient_pass(model, **OPTIONS)(params, [row(5)])
+    return Measured(cfg, params, gradient, gains_of(model, params, Rules()))
+
+
+@pytest.fixture(params=[Mesh("dp"), Mesh("fsdp"), Mesh("fsdp_tp", "data:4,model:2")], ids=lambda mesh: mesh.preset)
+def on_eight(request, on_one):
+    """(model, parameters as the rules store them, rules)."""
+    rules, specs = make_rules(request.param), models.param_specs(on_one.cfg)
+    placed = jax.tree.map(lambda leaf, s: jax.device_put(leaf, rules.storage(s.axes, s.shape)), on_one.params, specs)
+    whole = placed["embed"].addressable_shards[0].data.shape == placed["embed"].shape
+    assert whole == (request.param.preset == "dp")
+    return language_model(on_one.cfg, rules, VOCAB, jnp.float32), placed, rules
+
+
+def test_eight_devices_give_the_same_gradients(on_one, on_eight):
+    """The copies of a row on its devices add up to one."""
+    model, params, rules = on_eight
+    (found,), want = gradients.make_gradient_pass(model, rules, **OPTIONS)(params, [row(5)]), on_one.gradient
+    for name in ("answer_nll", "question_nll", "norm", "cross", "question_norm"):
+        np.testing.assert_allclose(getattr(found, name), getattr(want, name), rtol=1e-5, atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(found.projected, want.projected, atol=1e-5 * np.linalg.norm(want.projected))
+
+
+def test_eight_devices_give_the_same_gains(on_one, on_eight):
+    np.testing.assert_allclose(gains_of(*on_eight), on_one.gains, rtol=1e-5, atol=1e-5)
+    assert np.abs(on_one.gains).min() > 1e-2
 
 
 def test_the_last_up_projection_falls_apart_into_positions(student):
