@@ -1,6 +1,7 @@
 """Many prompts of all lengths in, texts out as they finish: batches of one compiled shape, stop strings, cut texts.
 
-What an answer says depends on its prompt, its name, its number and the seed; not on the batch that it was in.
+Prompts are read a batch at a time; where an answer has finished, the next that waits takes its row. What an answer says
+depends on its prompt, its name, its number and the seed; not on the answers beside it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from kdjax.data.encode import end_of_turn
-from kdjax.generation.sampler import How, State, advance, begin, fast_params
+from kdjax.generation.sampler import How, State, advance, begin, fast_params, refill
 from kdjax.generation.sampling import Sampling
 from kdjax.models import ModelConfig
 from kdjax.sharding import Rules
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, str]
 NARROWEST = 32  # tokens; the least to which prompts are padded
-CHUNK = 16  # tokens between two looks at the texts
+CHUNK = 16  # tokens between two looks at the texts, at most
+FREE = 8  # answers that wait are let in when one of so many rows is free
 PROMPTS_A_ROW = 4  # measured on CPU with SmolLM2-135M: prompts and answers of 64 tokens, 8 rows
 STOP, LENGTH = "stop", "length"
 
@@ -155,11 +157,12 @@ def rollouts(
         by_width.setdefault(padded_width(len(prompts[unit[0]])), []).append(unit)
     for width in sorted(by_width):
         group = by_width[width]
-        for at in range(0, len(group), count):
-            batch = group[at : at + count]
-            state, rows = _start(speaker, how, prompts, names, seed, batch, (count, each, width))
-            for row, completion in _finish(speaker, how, state, rows, tuple(stop)):
-                yield *rows[row], completion
+        batches = (
+            _start(speaker, how, prompts, names, seed, group[at : at + count], (count, each, width))
+            for at in range(0, len(group), count)
+        )
+        for (index, number), completion in _answers(speaker, how, batches, count * each, tuple(stop)):
+            yield index, number, completion
 
 
 def complete(
@@ -191,7 +194,7 @@ def complete(
     return [found[index] for index in range(len(ids))]
 
 
-# --- one batch
+# --- batches of one width
 
 
 def _start(
@@ -203,7 +206,7 @@ def _start(
     batch: Sequence[tuple[int, tuple[int, ...]]],
     shape: tuple[int, int, int],
 ) -> tuple[State, dict[int, tuple[int, int]]]:
-    """The batch with its first tokens, and row -> (prompt index, sample number) of the rows that are wanted."""
+    """A batch that waits, and row -> (prompt index, sample number) of the rows that are wanted."""
     count, each, width = shape
     tokens, lengths = np.zeros((count, width), np.int32), np.ones(count, np.int32)
     marks, numbers = np.zeros(count, np.uint32), np.zeros((count, each), np.int32)
@@ -226,29 +229,61 @@ def _keys(key: Array, marks: Array, numbers: Array) -> Array:
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(by_name, numbers)
 
 
-def _finish(
-    speaker: Speaker, how: How, state: State, rows: Mapping[int, Any], stop: tuple[str, ...]
-) -> Iterator[tuple[int, Completion]]:
-    """(row, completion) as they finish. Texts are looked at every CHUNK tokens."""
-    open_rows, made = set(rows), 1
+def _answers(
+    speaker: Speaker,
+    how: How,
+    batches: Iterator[tuple[State, dict[int, tuple[int, int]]]],
+    size: int,
+    stop: tuple[str, ...],
+) -> Iterator[tuple[tuple[int, int], Completion]]:
+    """((prompt index, sample number), completion) as they finish: `size` rows, refilled from batches of as many.
+
+    A batch waits until all of it is under way, then the next is read; on a mesh an answer stays on the device that read
+    its prompt. Texts are looked at every CHUNK tokens, and when rows are free for others.
+    """
+    state: State | None = None
+    waiting: State | None = None
+    queue: dict[int, tuple[int, int]] = {}  # by row of `waiting`
+    under_way: dict[int, tuple[int, int]] = {}  # by row of `state`
+    more = True
     while True:
+        while len(under_way) < size and (queue or more):
+            if not queue:
+                waiting, queue = next(batches, (None, {}))
+                more = waiting is not None
+            seats = _seats(under_way, queue, size // how.rules.batch_shards)
+            if waiting is None or not seats:
+                break
+            source = np.full(size, -1, np.int32)
+            for row, at in seats.items():
+                source[row] = at % (size // how.rules.batch_shards)
+                under_way[row] = queue.pop(at)
+            state = refill(speaker.cfg, how, state, waiting, _placed(source, how.rules))
+            waiting = waiting if queue else None  # its memory is free for the next
+        if state is None or not under_way:
+            return
+        halted = np.array([row not in under_way for row in range(size)])
+        enough = max(len(under_way) - max(1, size // FREE), 0) if queue or more else 0
+        steps = (jnp.int32(CHUNK), jnp.int32(enough), _placed(halted, how.rules))
+        state = advance(speaker.cfg, how, speaker.fast, state, *steps)
         seen = state.rows
         tokens, logp, counts, stopped = (_host(part) for part in (seen.tokens, seen.logp, seen.counts, seen.stopped))
-        halted = np.ones(len(counts), bool)
-        for row in sorted(open_rows):
-            finish = STOP if stopped[row] else LENGTH if counts[row] >= how.new_tokens else ""
+        for row in sorted(under_way):
+            ids, finish = tokens[row, : counts[row]].tolist(), LENGTH if counts[row] >= how.new_tokens else ""
             found = _completion(
-                speaker.tokenizer, tokens[row, : counts[row]].tolist(), logp[row, : counts[row]], finish, stop
+                speaker.tokenizer, ids, logp[row, : counts[row]], STOP if stopped[row] else finish, stop
             )
-            if found is None:
-                halted[row] = False
-                continue
-            open_rows.remove(row)
-            yield row, found
-        if not open_rows:
-            return
-        made = min(made + CHUNK, how.new_tokens)
-        state = advance(speaker.cfg, how, speaker.fast, state, jnp.int32(made), _placed(halted, how.rules))
+            if found is not None:
+                yield under_way.pop(row), found
+
+
+def _seats(under_way: Mapping[int, Any], queue: Mapping[int, Any], each: int) -> dict[int, int]:
+    """Free row -> row of the queue that takes it, on the same device; each: rows of a device."""
+    found: dict[int, int] = {}
+    for shard in {at // each for at in queue}:
+        free = (row for row in range(shard * each, (shard + 1) * each) if row not in under_way)
+        found |= zip(free, (at for at in sorted(queue) if at // each == shard), strict=False)
+    return found
 
 
 def _completion(

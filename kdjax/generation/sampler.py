@@ -1,6 +1,7 @@
 """Sampling with a key/value cache: prompts are read in one pass and shared by their samples, then a token a step.
 
-`sample` is one compiled program. `begin` and `advance` are its halves, for callers who look at the text in between.
+`sample` is one compiled program. `begin`, `refill` and `advance` are its parts, for callers who look at the text in
+between and let answers that wait take the rows of finished ones.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class Sampled(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """One row per answer, R = P * n. keys, lengths (of the prompts), token (the newest), counts, alive, stopped: [R];
+    """One row per answer. keys, lengths (of the prompts), token (the newest), counts, alive, stopped: [R];
 
-    tokens, logp: [R, new_tokens].
+    tokens, logp: [R, new_tokens]. A row that is alive has `counts` tokens and goes on.
     """
 
     keys: Array
@@ -51,10 +52,9 @@ class Rows(NamedTuple):
 
 
 class State(NamedTuple):
-    """Answers under way. made: int32 [], tokens that each row that is alive has."""
+    """Answers under way; or R = P * n that wait, with their first tokens, and a cache of their P prompts alone."""
 
     rows: Rows
-    made: Array
     cache: Any
 
 
@@ -103,8 +103,12 @@ def sample(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _sample(cfg: ModelConfig, how: How, params: Params, prompts: Array, lengths: Array, keys: Array) -> Sampled:
     wanted = jnp.ones_like(keys, bool)
-    state = _begin(cfg, how, params, prompts, lengths, keys, wanted)
-    rows = _advance(cfg, how, _fast(cfg, how.rules, how.compute_dtype, params), state, jnp.int32(how.new_tokens)).rows
+    waiting = _begin(cfg, how, params, prompts, lengths, keys, wanted)
+    one = how.rules.batch_spec(1)
+    own = how.rules.rowwise(lambda row: jnp.arange(row.size, dtype=jnp.int32), (one,), one)(waiting.rows.token)
+    state = _refill(cfg, how, None, waiting, own)
+    fast, none = _fast(cfg, how.rules, how.compute_dtype, params), jnp.int32(0)
+    rows = _advance(cfg, how, fast, state, jnp.int32(how.new_tokens), none).rows
 
     def by_prompt(part: Array) -> Array:
         return part.reshape(-1, keys.shape[1], *part.shape[1:])
@@ -121,7 +125,7 @@ def _sample(cfg: ModelConfig, how: How, params: Params, prompts: Array, lengths:
 def _begin(
     cfg: ModelConfig, how: How, params: Params, prompts: Array, lengths: Array, keys: Array, wanted: Array
 ) -> State:
-    """The prompts read, and the first token of each of their answers. wanted: bool [P, n], False for padding."""
+    """The prompts read, and the first token of each of their answers, which wait. wanted: bool [P, n]."""
     rules, (count, width), samples = how.rules, prompts.shape, keys.shape[1]
     if count % rules.batch_shards:
         raise ValueError(
@@ -136,7 +140,6 @@ def _begin(
     positions = rules.rowwise(places, (row,), row)(prompts)
     cache = init_cache(cfg, count, width, how.compute_dtype, rules=rules)
     hidden, cache = hidden_cached(cfg, params, prompts, positions, cache, rules=rules, compute_dtype=how.compute_dtype)
-    cache = family_of(cfg).spread_cache(cache, samples, width + how.new_tokens, layers=unrolls(rules), rules=rules)
 
     def spread(hidden: Array, lengths: Array, keys: Array, wanted: Array) -> tuple[Array, Rows]:
         hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], 1)
@@ -149,56 +152,85 @@ def _begin(
 
     specs = (rules.batch_spec(3), rules.batch_spec(1), row, row)
     hidden, rows = rules.rowwise(spread, specs, (rules.batch_spec(3), rows_of))(hidden, lengths, keys, wanted)
-    return State(_record(cfg, how, params, hidden, rows, jnp.int32(0)), jnp.int32(1), cache)
+    return State(_record(cfg, how, params, hidden, rows), cache)
 
 
-def _advance(cfg: ModelConfig, how: How, fast: Params, state: State, limit: Array) -> State:
-    """Token after token until each row has `limit` of them or has stopped. fast: of `fast_params`."""
+def _refill(cfg: ModelConfig, how: How, state: State | None, waiting: State, source: Array) -> State:
+    """`state`, None for the first, where row r goes on with row source[r] of `waiting`, and as it is if that is < 0.
 
-    def unfinished(state: State) -> Array:
-        return (state.made < limit) & jnp.any(state.rows.alive)
+    Both have as many rows; source: int32 [R], counted among the rows on the same device.
+    """
+    rules, rows_of = how.rules, _row_specs(how.rules)
+    cache = family_of(cfg).move_cache(
+        cfg,
+        None if state is None else state.cache,
+        waiting.cache,
+        source,
+        how.new_tokens,
+        layers=unrolls(rules),
+        rules=rules,
+    )
 
-    def step(state: State) -> State:
-        rows, made, cache = state
-        at = (rows.lengths + made - 1)[:, None]
+    def own(rows: Rows, waiting: Rows, source: Array) -> Rows:
+        def pick(old: Array, new: Array) -> Array:
+            return jnp.where((source >= 0).reshape(-1, *[1] * (old.ndim - 1)), new[jnp.maximum(source, 0)], old)
+
+        return jax.tree.map(pick, rows, waiting)
+
+    rows = waiting.rows._replace(alive=jnp.zeros_like(waiting.rows.alive)) if state is None else state.rows
+    specs = (rows_of, rows_of, rules.batch_spec(1))
+    return State(rules.rowwise(own, specs, rows_of)(rows, waiting.rows, source), cache)
+
+
+def _advance(cfg: ModelConfig, how: How, fast: Params, state: State, steps: Array, enough: Array) -> State:
+    """Token after token, at most `steps`, until no more than `enough` rows are alive. fast: of `fast_params`."""
+
+    def unfinished(carry: tuple[Array, State]) -> Array:
+        made, (rows, _) = carry
+        return (made < steps) & (jnp.sum(rows.alive) > enough)
+
+    def step(carry: tuple[Array, State]) -> tuple[Array, State]:
+        made, (rows, cache) = carry
+        at = (rows.lengths + rows.counts - 1)[:, None]
         hidden, cache = hidden_cached(
             cfg, fast, rows.token[:, None], at, cache, rules=how.rules, compute_dtype=how.compute_dtype
         )
-        return State(_record(cfg, how, fast, hidden, rows, made), made + 1, cache)
+        return made + 1, State(_record(cfg, how, fast, hidden, rows), cache)
 
-    return jax.lax.while_loop(unfinished, step, state)
+    return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
 
 
-def _record(cfg: ModelConfig, how: How, params: Params, hidden: Array, rows: Rows, made: Array) -> Rows:
-    """The rows with token number `made`, drawn from the head's logits at hidden [R, 1, D]."""
+def _record(cfg: ModelConfig, how: How, params: Params, hidden: Array, rows: Rows) -> Rows:
+    """The rows with one more token, drawn from the head's logits at hidden [R, 1, D]."""
     rules, last = how.rules, head(cfg, params, compute_dtype=how.compute_dtype)
     last = dataclasses.replace(last, vocab_size=min(last.vocab_size, how.vocab_size or last.vocab_size))
     sides = (rules.batch_spec(3), jax.typeof(last.weight).sharding.spec)
 
-    def own(hidden: Array, weight: Array, rows: Rows, made: Array) -> Rows:
+    def own(hidden: Array, weight: Array, rows: Rows) -> Rows:
         ((hidden, whole),) = rules.with_heads([(hidden, dataclasses.replace(last, weight=weight))], [sides])
         logits = tile_logits(hidden[:, 0], whole)
         if whole.vocab_axis:
             logits = jax.lax.all_gather(logits, whole.vocab_axis, axis=1, tiled=True)
-        keys = jax.vmap(jax.random.fold_in, (0, None))(rows.keys, made)
+        keys = jax.vmap(jax.random.fold_in)(rows.keys, rows.counts)
         token, logp = next_tokens(logits, keys, how.settings)
         ends = rows.alive & jnp.isin(token, jnp.asarray(how.eos_ids, jnp.int32))
-        goes_on = rows.alive & ~ends
+        counts = rows.counts + (rows.alive & ~ends)
+        here = rows.alive[:, None] & (jnp.arange(how.new_tokens)[None] == rows.counts[:, None])
 
         def put(old: Array, new: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(old, jnp.where(rows.alive, new, 0)[:, None], made, 1)
+            return jnp.where(here, new[:, None], old)
 
         return rows._replace(
             token=token,
-            counts=rows.counts + goes_on,
-            alive=goes_on,
+            counts=counts,
+            alive=rows.alive & ~ends & (counts < how.new_tokens),
             stopped=rows.stopped | ends,
             tokens=put(rows.tokens, token),
             logp=put(rows.logp, logp),
         )
 
-    specs, none = _row_specs(rules), jax.sharding.PartitionSpec()
-    return rules.rowwise(own, (*sides, specs, none), specs)(hidden, last.weight, rows, made)
+    specs = _row_specs(rules)
+    return rules.rowwise(own, (*sides, specs), specs)(hidden, last.weight, rows)
 
 
 def _row_specs(rules: Rules) -> Any:
@@ -220,13 +252,16 @@ def _fast(cfg: ModelConfig, rules: Rules, compute_dtype: Any, params: Params) ->
 
 fast_params = jax.jit(_fast, static_argnums=(0, 1, 2))
 begin = jax.jit(_begin, static_argnums=(0, 1))
+refill = jax.jit(_refill, static_argnums=(0, 1), donate_argnums=2)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def advance(cfg: ModelConfig, how: How, fast: Params, state: State, limit: Array, halted: Array) -> State:
-    """`state`, which is used up, gone on with until each row has `limit` tokens or has stopped.
+def advance(
+    cfg: ModelConfig, how: How, fast: Params, state: State, steps: Array, enough: Array, halted: Array
+) -> State:
+    """`state`, which is used up, with at most `steps` more tokens, until no more than `enough` rows are unfinished.
 
     halted: bool [R], rows that are not gone on with.
     """
     rows = state.rows._replace(alive=state.rows.alive & ~halted)
-    return _advance(cfg, how, fast, state._replace(rows=rows), limit)
+    return _advance(cfg, how, fast, state._replace(rows=rows), steps, enough)

@@ -46,7 +46,7 @@ class Family(NamedTuple):
     key_map: Callable[[ModelConfig], dict[str, TensorKey]]
     hidden: Callable[..., Array] = decoder.hidden
     init_cache: Callable[..., Any] = decoder_cached.init_cache
-    spread_cache: Callable[..., Any] = decoder_cached.spread_cache
+    move_cache: Callable[..., Any] = decoder_cached.move_cache
     unrolled: Callable[..., Params] = decoder_cached.unrolled
     hidden_cached: Callable[..., tuple[Array, Any]] = decoder_cached.hidden_cached
     hidden_and_states: Callable[..., tuple[Array, Array]] | None = shared_prefix.hidden_and_states

@@ -32,16 +32,18 @@ EMPTY = 2**30  # the position of a place in a cache that holds nothing: after ev
 
 
 class Cache(NamedTuple):
-    """Keys and values [L, B, G, C, H] in C places, in the order in which they came: all rows fill the same place.
+    """Keys and values [L, B, G, C, H] in C places: prompts fill the first, then new tokens the others, in turn.
 
+    All rows fill the same place, and the first after the prompts comes after the last: so a row may begin at any time.
     keys, values: with parameters of `unrolled` a tuple of L arrays [B, G, C, H] each.
-    positions: int32 [B, C], where in its text each is. filled: int32 [], how many places are taken.
+    positions: int32 [B, C], where in its text each is. slot: int32 [], the place that is filled next.
     """
 
     keys: Any
     values: Any
     positions: Array
-    filled: Array
+    slot: Array
+    prompts: Array  # int32 [], how many places prompts have
 
 
 def unrolled(cfg: ModelConfig, params: Params, dtype: Any = jnp.float32) -> Params:
@@ -63,36 +65,73 @@ def unrolled(cfg: ModelConfig, params: Params, dtype: Any = jnp.float32) -> Para
 
 
 def init_cache(
-    cfg: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32, *, rules: Rules = Rules()
+    cfg: ModelConfig,
+    batch: int,
+    capacity: int,
+    dtype: Any = jnp.float32,
+    *,
+    layers: bool = False,
+    rules: Rules = Rules(),
 ) -> Cache:
-    """An empty cache of `capacity` places for `batch` rows."""
+    """An empty cache of `capacity` places for `batch` rows. layers: for parameters of `unrolled`."""
     rows, heads = batch // rules.batch_shards, cfg.kv_heads // rules.model_shards
 
     def empty() -> Cache:
-        zeros = jnp.zeros((cfg.layers, rows, heads, capacity, cfg.head_dim), dtype)
-        return Cache(zeros, zeros, jnp.full((rows, capacity), EMPTY, jnp.int32), jnp.int32(0))
+        shape = (rows, heads, capacity, cfg.head_dim)
+
+        def zeros() -> Any:
+            if layers:
+                return tuple(jnp.zeros(shape, dtype) for _ in range(cfg.layers))
+            return jnp.zeros((cfg.layers, *shape), dtype)
+
+        return Cache(zeros(), zeros(), jnp.full((rows, capacity), EMPTY, jnp.int32), jnp.int32(0), jnp.int32(0))
 
     return rules.rowwise(empty, (), _cache_specs(rules))()
 
 
-def spread_cache(cache: Cache, samples: int, capacity: int, *, layers: bool = False, rules: Rules = Rules()) -> Cache:
-    """The cache of every row `samples` times, one after the other, with `capacity` places.
+def move_cache(
+    cfg: ModelConfig,
+    cache: Cache | None,
+    read: Cache,
+    source: Int[Array, "R"],
+    new_tokens: int,
+    *,
+    layers: bool = False,
+    rules: Rules = Rules(),
+) -> Cache:
+    """The cache of R rows under way, where those with source >= 0 begin anew, on prompts out of `read`.
 
-    layers: for parameters of `unrolled`.
+    cache: None = no row is under way. read: of P prompts, each with R / P answers that wait; source: which of these a
+    row takes, counted on its own device; at most new_tokens may come after a prompt. layers: as in `init_cache`.
+    Rows are copied one by one, in place.
     """
+    width = read.positions.shape[1]
+    if cache is None:
+        cache = init_cache(cfg, source.shape[0], width + new_tokens, read.keys.dtype, layers=layers, rules=rules)
 
-    def more(array: Array, axis: int, empty: int = 0) -> Array:
-        pads = [(0, 0)] * array.ndim
-        pads[axis] = (0, capacity - array.shape[axis])
-        return jnp.pad(array, pads, constant_values=empty)
+    def move(cache: Cache, read: Cache, source: Array) -> Cache:
+        fresh = source >= 0
+        rows, prompts = jnp.argsort(~fresh), source // (source.shape[0] // read.positions.shape[0])
+        places = jnp.pad(read.positions, ((0, 0), (0, cache.positions.shape[1] - width)), constant_values=EMPTY)
 
-    def spread(cache: Cache) -> Cache:
-        both = [more(jnp.repeat(part, samples, 1), 3) for part in (cache.keys, cache.values)]
-        keys, values = [tuple(part) for part in both] if layers else both
-        return Cache(keys, values, more(jnp.repeat(cache.positions, samples, 0), 1, EMPTY), cache.filled)
+        def put(old: Array, new: Array, row: Array, axis: int) -> Array:
+            new = jax.lax.dynamic_index_in_dim(new, prompts[row], axis)
+            return jax.lax.dynamic_update_slice(old, new, [row if at == axis else 0 for at in range(old.ndim)])
+
+        def one(number: Array, cache: Cache) -> Cache:
+            def both(old: Any, new: Array) -> Any:
+                if isinstance(old, tuple):
+                    return tuple(put(part, new[at], rows[number], 0) for at, part in enumerate(old))
+                return put(old, new, rows[number], 1)
+
+            keys, values = both(cache.keys, read.keys), both(cache.values, read.values)
+            return cache._replace(keys=keys, values=values, positions=put(cache.positions, places, rows[number], 0))
+
+        cache = cache._replace(slot=jnp.maximum(cache.slot, read.slot), prompts=read.slot)
+        return jax.lax.fori_loop(0, jnp.sum(fresh), one, cache)
 
     specs = _cache_specs(rules)
-    return rules.rowwise(spread, (specs,), specs)(cache)
+    return rules.rowwise(move, (specs, specs, rules.batch_spec(1)), specs)(cache, read, source)
 
 
 def hidden_cached(
@@ -123,7 +162,8 @@ def hidden_cached(
         keys, values = (
             put(old, new.transpose(0, 1, 3, 2, 4), 3) for old, new in ((cache.keys, keys), (cache.values, values))
         )
-        return Cache(keys, values, put(cache.positions, positions, 1), jnp.int32(positions.shape[1]))
+        width = jnp.int32(positions.shape[1])
+        return Cache(keys, values, put(cache.positions, positions, 1), width, width)
 
     specs, row = _cache_specs(rules), P(None, *rules.heads_spec)
     return x, rules.rowwise(fill, (row, row, rules.batch_spec(2), specs), specs)(keys, values, positions, cache)
@@ -132,7 +172,7 @@ def hidden_cached(
 def _step(
     cfg: ModelConfig, params: Params, tokens: Array, positions: Array, cache: Cache, rules: Rules, compute_dtype: Any
 ) -> tuple[Array, Cache]:
-    rope_of, kinds, slot = ropes(cfg, positions), kinds_of(cfg), cache.filled
+    rope_of, kinds, slot = ropes(cfg, positions), kinds_of(cfg), cache.slot
     places = jnp.where(cache.positions >= positions, EMPTY, cache.positions)
     places = jax.lax.dynamic_update_slice_in_dim(places, positions, slot, 1)
     distance = positions - places
@@ -171,7 +211,8 @@ def _step(
         inputs = params["layers"], kinds, jnp.arange(cfg.layers)
         (x, (keys, values)), _ = jax.lax.scan(scanned, (x, (cache.keys, cache.values)), inputs)
     x = rules.reshard(norm(cfg, x, params["final_norm"]), rules.batch_spec(3))
-    return x, Cache(keys, values, places, slot + 1)
+    after = jnp.where(slot + 1 == places.shape[1], cache.prompts, slot + 1)
+    return x, Cache(keys, values, places, after, cache.prompts)
 
 
 def _mix_into(
@@ -201,4 +242,4 @@ def _cache_specs(rules: Rules) -> Any:
     whole: Any = P(None, batch, heads, None, width)
     row: Any = rules.batch_spec(2)
     one: Any = P()
-    return Cache(whole, whole, row, one)
+    return Cache(whole, whole, row, one, one)

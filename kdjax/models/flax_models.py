@@ -131,7 +131,7 @@ def functions(family: str) -> dict[str, Any]:
         "param_specs": lambda cfg: _models[cfg.family].specs,
         "hidden": hidden,
         "init_cache": init_cache,
-        "spread_cache": spread_cache,
+        "move_cache": move_cache,
         "unrolled": lambda cfg, params, dtype: params,
         "hidden_cached": hidden_cached,
         "hidden_and_states": None,
@@ -176,21 +176,40 @@ def hidden(
 
 
 def init_cache(
-    cfg: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32, *, rules: Rules = Rules()
+    cfg: ModelConfig,
+    batch: int,
+    capacity: int,
+    dtype: Any = jnp.float32,
+    *,
+    layers: bool = False,
+    rules: Rules = Rules(),
 ) -> Array:
     """The tokens so far, int32 [B, C]; the module is run on all of them for every new one."""
     rows, spec = batch // rules.batch_shards, rules.batch_spec(2)
     return rules.rowwise(lambda: jnp.zeros((rows, capacity), jnp.int32), (), spec)()
 
 
-def spread_cache(cache: Array, samples: int, capacity: int, *, layers: bool = False, rules: Rules = Rules()) -> Array:
-    """Every row `samples` times, one after the other, with `capacity` places."""
+def move_cache(
+    cfg: ModelConfig,
+    cache: Array | None,
+    read: Array,
+    source: Array,
+    new_tokens: int,
+    *,
+    layers: bool = False,
+    rules: Rules = Rules(),
+) -> Array:
+    """As `decoder_cached.move_cache`, which says what the arguments are."""
+    if cache is None:
+        cache = init_cache(cfg, source.shape[0], read.shape[1] + new_tokens, rules=rules)
 
-    def spread(cache: Array) -> Array:
-        return jnp.pad(jnp.repeat(cache, samples, 0), ((0, 0), (0, capacity - cache.shape[1])))
+    def move(cache: Array, read: Array, source: Array) -> Array:
+        prompts = jnp.maximum(source, 0) // (source.shape[0] // read.shape[0])
+        new = jnp.pad(read[prompts], ((0, 0), (0, cache.shape[1] - read.shape[1])))
+        return jnp.where(source[:, None] >= 0, new, cache)
 
-    spec = rules.batch_spec(2)
-    return rules.rowwise(spread, (spec,), spec)(cache)
+    row = rules.batch_spec(2)
+    return rules.rowwise(move, (row, row, rules.batch_spec(1)), row)(cache, read, source)
 
 
 def hidden_cached(

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from kdjax.generation import Sampling
-from kdjax.generation.sampler import How, advance, begin, fast_params
+from kdjax.generation.sampler import How, advance, begin, fast_params, refill
 from kdjax.models import hf_io, io
 from kdjax.models.tokenizer import load_tokenizer
 from kdjax.sharding import Rules
@@ -43,8 +43,11 @@ def contestants(batch, prompt, new):
     keys, lengths = jax.random.split(jax.random.key(0), (batch, 1)), np.full(batch, prompt, np.int32)
 
     def ours():
-        state = begin(cfg, how, params, prompts, lengths, keys, np.ones((batch, 1), bool))
-        return np.asarray(advance(cfg, how, fast, state, jnp.int32(new), np.zeros(batch, bool)).rows.tokens)
+        waiting = begin(cfg, how, params, prompts, lengths, keys, np.ones((batch, 1), bool))
+        state = refill(cfg, how, None, waiting, np.arange(batch, dtype=np.int32))
+        return np.asarray(
+            advance(cfg, how, fast, state, jnp.int32(new), jnp.int32(0), np.zeros(batch, bool)).rows.tokens
+        )
 
     def reference():
         ids = torch.tensor(prompts.astype(np.int64))

@@ -1,5 +1,7 @@
 """Many prompts at a time: the same text whatever the batch, stop strings, ends, and few compiled programs."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from kdjax import models
 from kdjax.config import Mesh
 from kdjax.generation import Sampling, batching, complete, encode, end_ids, rollouts, sample, speaker
-from kdjax.generation.sampler import advance, begin
+from kdjax.generation.sampler import advance, begin, refill
 from kdjax.models import synthetic
 from kdjax.sharding import make_rules
 
@@ -103,6 +105,74 @@ def test_every_answer_whatever_the_batch(model):
     })  # fmt: skip
 
 
+def test_answers_that_begin_late_say_what_passes_over_the_whole_text_say(model):
+    """Two rows for 21 prompts: the cache goes round, and what a row had before is not seen."""
+    prompts = [[*prompt[: 5 + at], at, 3 * at] for at in range(3) for prompt in PROMPTS]
+    found = answers(model, prompts, 1, GREEDY, batch_size=2)
+    assert {completion.finish for completion in found.values()} == {"stop", "length"}
+    lengths = {len(completion.tokens) for completion in found.values()}
+    assert len(lengths) > 2
+    forward = jax.jit(lambda params, *inputs: models.hidden(CFG, params, *inputs))
+    for (index, _), completion in found.items():
+        text = [*prompts[index], *completion.tokens]
+        row, at = np.zeros((1, 48), np.int32), np.arange(48, dtype=np.int32)[None]
+        row[0, : len(text)] = text
+        hidden = np.asarray(forward(model.params, row, (at < len(text)).astype(np.int32), at))[0]
+        likely = (hidden @ np.asarray(model.params["embed"]).T).argmax(-1)[len(prompts[index]) - 1 : len(text)]
+        ended = [7] if completion.finish == "stop" else []
+        assert likely[: NEW if not ended else None].tolist() == [*completion.tokens, *ended]
+
+
+def steps_of(monkeypatch, model, **options):
+    """(answers, steps that all rows went on by)."""
+    taken, real = [], batching.advance
+
+    def counted(cfg, how, fast, state, *rest):
+        before = int(state.cache.slot)
+        state = real(cfg, how, fast, state, *rest)
+        taken.append((int(state.cache.slot) - before) % NEW)
+        return state
+
+    with monkeypatch.context() as patched:
+        patched.setattr(batching, "advance", counted)
+        return answers(model, **options), sum(taken)
+
+
+def test_finished_rows_make_room(monkeypatch, model):
+    """Each row takes the next answer as it finishes one; batches that run to their ends take longer."""
+    prompts = [[at % 50, at // 50, at % 3] for at in range(60)]
+    often = dataclasses.replace(model, ends=tuple(range(7, 13)))
+    found, steps = steps_of(monkeypatch, often, prompts=prompts, samples=1, batch_size=4)
+    lasts = [min(len(completion.tokens), NEW - 1) for _, completion in sorted(found.items())]
+    ends = [0] * 4
+    for last in lasts:
+        at = ends.index(min(ends))
+        ends[at] += last
+    assert steps == max(ends)
+    assert steps < 0.7 * sum(max(lasts[at : at + 4]) for at in range(0, 60, 4))
+
+
+def test_rows_stay_on_the_device_that_read_their_prompt():
+    assert batching._seats({0: "a", 3: "b"}, dict.fromkeys((0, 1, 2, 5), "c"), 2) == {1: 0, 2: 2, 4: 5}
+    assert batching._seats({0: "a", 1: "b"}, {1: "c"}, 2) == {}
+    assert batching._seats({}, {}, 2) == {}
+
+
+def test_the_cache_has_the_prompts_that_wait_and_a_row_an_answer(monkeypatch, model):
+    """Bytes of keys and values at any time: what `analysis/plan_generation.py` says."""
+    seen, real = [], batching.refill
+
+    def watched(cfg, how, state, waiting, source):
+        state = real(cfg, how, state, waiting, source)
+        seen.append(sum(leaf.size for part in (state, waiting) for leaf in jax.tree.leaves(part.cache[:2])))
+        return state
+
+    monkeypatch.setattr(batching, "refill", watched)
+    answers(model, batch_size=6)
+    place = 2 * CFG.layers * CFG.kv_heads * CFG.head_dim
+    assert set(seen) == {(2 * width + 6 * (width + NEW)) * place for width in (32, 48)}
+
+
 def test_seed_and_name_change_the_draws_and_not_greedy_answers(model):
     first = answers(model, PROMPTS[:1])
     for changed in (answers(model, PROMPTS[:1], seed=5), answers(model, PROMPTS[:1], names=["other"])):
@@ -124,7 +194,7 @@ def test_log_probability_is_the_sum_over_the_tokens(model):
 
 def test_no_program_is_compiled_once_the_widths_are_known(model):
     answers(model)
-    before = begin._cache_size(), advance._cache_size()
+    before = [program._cache_size() for program in (begin, refill, advance)]
     answers(
         model,
         [[3] * 17, [4] * 31, [5] * 48, [6] * 2, [9] * 33],
@@ -132,7 +202,7 @@ def test_no_program_is_compiled_once_the_widths_are_known(model):
         seed=9,
     )
     answers(model, stop=("ab",))
-    assert (begin._cache_size(), advance._cache_size()) == before
+    assert [program._cache_size() for program in (begin, refill, advance)] == before
     answers(model, [[3] * 49])
     assert begin._cache_size() == before[0] + 1
 
@@ -228,6 +298,7 @@ def test_meshes_with_a_real_tokenizer(words):
     with jax.set_mesh(rules.mesh):
         assert complete(cfg, split, words, prompts, 3) == want
     ids = [encode(words, prompt) for prompt in prompts]
+    ids += [[at, 5, 9 + at] for at in range(10)]  # more than rows: some begin late, each on its device
     one, many = (
         {
             (index, number): completion
@@ -238,7 +309,7 @@ def test_meshes_with_a_real_tokenizer(words):
         for model, size in ((speaker(cfg, whole, words), 4), (speaker(cfg, split, words, rules=rules), 16))
     )
     same(one, many)
-    assert len(one) == 4
+    assert len(one) == 24
 
 
 def test_widths():

@@ -15,6 +15,7 @@ from kdjax import loop, models
 from kdjax.build import build, build_parts
 from kdjax.config import Mesh
 from kdjax.generation import Sampling, sample
+from kdjax.generation.sampler import How, advance, begin, refill
 from kdjax.models import flax_bridge, flax_models, hf_io, io, tokenizer
 from kdjax.optim import decayed
 from kdjax.sharding import Rules, make_rules
@@ -205,14 +206,22 @@ def test_too_much_state_is_refused(native, monkeypatch):
 
 
 def test_greedy_tokens_are_those_of_the_native_model(module, native):
-    loaded = load("teacher")
+    """In two rows that begin one after the other, and in one that another answer had before."""
     prompts, lengths = jnp.asarray([[5, 6, 7, 8], [9, 3, 0, 0]], jnp.int32), jnp.asarray([4, 2], jnp.int32)
-    keys = jax.random.split(jax.random.key(0), (2, 1))
-    wanted, found = (
-        sample(cfg, params, prompts, lengths, keys, settings=Sampling(temperature=0), new_tokens=5)
-        for cfg, params in ((TEACHER, native[1]), (loaded.cfg, loaded.params))
-    )
-    np.testing.assert_array_equal(found[0], wanted[0])
+    keys, greedy = jax.random.split(jax.random.key(0), (2, 1)), Sampling(temperature=0)
+    wanted = sample(TEACHER, native[1], prompts, lengths, keys, settings=greedy, new_tokens=5).tokens[:, 0]
+    loaded, how = load("teacher"), How(greedy, 5)
+    cfg, params = loaded.cfg, loaded.params
+    waiting, state = begin(cfg, how, params, prompts, lengths, keys, np.ones((2, 1), bool)), None
+    for source, steps, made in (
+        ([1, -1], 2, {0: (1, 3)}),
+        ([-1, 0], 2, {0: (1, 5), 1: (0, 3)}),
+        ([0, -1], 4, {0: (0, 5), 1: (0, 5)}),
+    ):
+        state = refill(cfg, how, state, waiting, np.asarray(source, np.int32))
+        state = advance(cfg, how, params, state, jnp.int32(steps), jnp.int32(0), np.zeros(2, bool))
+        for row, (prompt, count) in made.items():
+            np.testing.assert_array_equal(state.rows.tokens[row, :count], wanted[prompt, :count])
 
 
 def test_fingerprint_is_of_weights_and_version(native):
