@@ -3,8 +3,8 @@
 Command:   python -m launch.compare --config=configs/studies/scas_small.py
 Hardware:  2 CPU cores, 6 GiB of memory, 2 GB of disk while it runs
 Time:      84 minutes on a busy machine: 3 for the pool, 4 a run
-Result:    of 100 held-out questions right before: 9; after: random 22, SCAS 26, H 24, GRAPE 25, shortest and
-             strongest 25, the costliest fifth 20, means of 3 seeds: no difference to random is seen (README)
+Result:    of 100 held-out questions right before: 9; after: random 22, SCAS 26, H 24, GRAPE 25, shortest 25,
+             strongest 24, the costliest fifth 20, means of 3 seeds: no difference to random is seen (README)
 
 The teachers: SmolLM2-135M-Instruct (dequantised from Q4_1) asked in three ways, so three teachers derived from one base
 model, of which only right answers count; and five scripts that know the answers and differ in manner alone. They answer
