@@ -1,14 +1,18 @@
 """Scalar schedules of the update number: learning rate, temperature, loss weights.
 
-A schedule is written in a config as plain data: a number (constant) or a tuple `(name, *arguments)`.
+A schedule is written in a config as plain data: a number (constant) or a tuple `(name, *arguments)`. Where an argument
+counts updates it may be a share of the run: ("step", 0.0, 1.0, "50%") switches at half of train.steps, rounded down.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from kdjax import registry
@@ -51,19 +55,31 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 }
 
 
-def make_schedule(spec: float | tuple, where: str) -> Schedule:
-    """A schedule from a number or `(name, *arguments)`; `where` is its config path, for the error."""
+def make_schedule(spec: float | tuple, where: str, steps: int | None = None) -> Schedule:
+    """A schedule from a number or `(name, *arguments)`; `where` is its config path, for the error.
+
+    steps: of the run, of which "50%" is a share; the first two arguments are values and have none.
+    """
     if isinstance(spec, (int, float)):
         return optax.constant_schedule(float(spec))
     name, *arguments = spec or (None,)
     try:
         if not isinstance(name, str):
             raise TypeError("the name is missing")
-        if not all(isinstance(argument, (int, float)) for argument in arguments):
-            raise TypeError("the arguments are numbers")
-        return registry.lookup(SCHEDULES, name, where)(*arguments)
+        numbers = [_number(argument, steps if at > 1 else None) for at, argument in enumerate(arguments)]
+        return registry.lookup(SCHEDULES, name, where)(*numbers)
     except TypeError as error:
         raise ValueError(f"{where} must be a number or (name, *arguments), got {spec!r}; {error}.") from error
+
+
+def _number(argument: Any, steps: int | None) -> float:
+    if isinstance(argument, str) and steps is not None:
+        share = re.fullmatch(r"(\d+(?:\.\d+)?)%", argument)
+        if share is not None:
+            return Fraction(share[1]) * steps // 100
+    if not isinstance(argument, (int, float)):
+        raise TypeError("the arguments are numbers, or where updates are counted shares of the run such as '50%'")
+    return argument
 
 
 def learning_rate(kind: str, peak: float, warmup: int, steps: int, final_fraction: float) -> Schedule:
@@ -78,3 +94,13 @@ def learning_rate(kind: str, peak: float, warmup: int, steps: int, final_fractio
     if warmup == 0:
         return body
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), body], [warmup])
+
+
+def own_steps(fraction: Any, steps: int, seed: int) -> np.ndarray:
+    """bool [steps]: which steps train on the student's own answers, each with probability `fraction` of its update.
+
+    One draw a step, as in GKD (Agarwal et al., arXiv 2306.13649, algorithm 1); the draws of a longer run begin alike.
+    """
+    schedule = make_schedule(fraction, "on_policy.fraction", steps)
+    share = np.array([float(schedule(update)) for update in range(steps)])
+    return np.random.default_rng([seed, 1]).random(steps) < share

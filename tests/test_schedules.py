@@ -25,10 +25,13 @@ HALF = math.cos(math.pi / 4)  # a cosine a quarter of the way has gone (1 - HALF
         (("hold_linear", 2.0, 1.0, 4, 8), {0: 2.0, 4: 2.0, 5: 1.75, 6: 1.5, 8: 1.0, 20: 1.0}),
         (("step", 1.0, 0.25, 3), {0: 1.0, 2: 1.0, 3: 0.25, 50: 0.25}),
         (("hold_linear", 2.0, 1.0, 0, 2), {0: 2.0, 1: 1.5, 2: 1.0}),
+        (("step", 1.0, 0.0, "50%"), {0: 1.0, 10: 1.0, 11: 0.0}),  # of 23 updates
+        (("linear", 0.0, 1.0, "17.4%"), {0: 0.0, 1: 0.25, 4: 1.0}),
+        (("hold_linear", 2.0, 1.0, 4, "34.79%"), {4: 2.0, 6: 1.5, 8: 1.0}),
     ],
 )
 def test_values(spec, values):
-    schedule = make_schedule(spec, "loss.tau")
+    schedule = make_schedule(spec, "loss.tau", 23)
     for step, value in values.items():
         np.testing.assert_allclose(schedule(step), value, rtol=1e-6, atol=1e-7)
         np.testing.assert_allclose(jax.jit(schedule)(jnp.int32(step)), value, rtol=1e-6, atol=1e-7)
@@ -44,6 +47,11 @@ def test_every_schedule_is_tried_above():
         (("linear", 1.0, 2.0), "'steps'"),
         (("linear", 1.0, 2.0, 3, 4), "positional arguments"),
         (("constant", "1.0"), "the arguments are numbers"),
+        (("constant", "50%"), "the arguments are numbers"),
+        (("linear", 1.0, "50%", 4), "the arguments are numbers"),
+        (("linear", 1.0, 2.0, "half"), "or where updates are counted shares of the run such as '50%'"),
+        (("linear", 1.0, 2.0, "-5%"), "the arguments are numbers"),
+        (("linear", 1.0, 2.0, "1%"), "steps must be positive"),
         (("linear", 1.0, 2.0, 0), "steps must be positive"),
         (("cosine", 1.0, 2.0, -3), "steps must be positive"),
         (("hold_linear", 1.0, 2.0, 5, 5), "steps - hold must be positive"),
@@ -53,7 +61,7 @@ def test_every_schedule_is_tried_above():
 )
 def test_bad_specs(spec, message):
     with pytest.raises(ValueError, match=r"^loss.tau must be a number or \(name, \*arguments\), got ") as caught:
-        make_schedule(spec, "loss.tau")
+        make_schedule(spec, "loss.tau", 23)
     assert message in str(caught.value)
 
 

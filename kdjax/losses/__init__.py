@@ -2,6 +2,10 @@
 
 To add one: a file with a factory `Loss config -> Term`, and a line here. The contract tests then check it against a
 float64 oracle, at student == teacher, at extreme logits, under permutation of the slots, and on 8 devices.
+
+Left out, of the PACED reference's catalogue: MiniLLM (L5: returns to go, teacher-mixed sampling, a text loss of its
+own) and DistiLLM's rule for how many answers are the student's (L9). DistiLLM-2 (L10) is skew_kl as loss.terms and
+skew_reverse_kl as on_policy.terms, but for its skew that follows each answer, and its pairs of answers to one prompt.
 """
 
 from collections.abc import Callable
@@ -16,7 +20,9 @@ from kdjax.losses.dkd import dkd
 from kdjax.losses.forward_kl import forward_kl
 from kdjax.losses.jsd import jsd
 from kdjax.losses.reverse_kl import reverse_kl
+from kdjax.losses.sampled import sampled_k2, sampled_k3, sampled_reverse_kl
 from kdjax.losses.skew_kl import skew_kl, skew_reverse_kl
+from kdjax.losses.taid import taid
 from kdjax.losses.todi import todi
 from kdjax.losses.tvd import tvd
 from kdjax.losses.udkd import udkd
@@ -35,5 +41,9 @@ LOSSES: dict[str, Callable[[Loss], Term]] = {
     "at_kd": at_kd,
     "adakd_forward_kl": adakd_forward_kl,
     "adakd_reverse_kl": adakd_reverse_kl,
+    "taid": taid,
+    "sampled_reverse_kl": sampled_reverse_kl,
+    "sampled_k2": sampled_k2,
+    "sampled_k3": sampled_k3,
     "cross_entropy": cross_entropy,
 }

@@ -28,7 +28,7 @@ def dkd(config: Loss) -> Term:
 def log_rests(pair: Pair, vocab_sum: VocabSum) -> Array:
     """log(1 - p_y) and log(1 - q_y), [C, 2]: the first row scalars of whatever uses `against_rest` and `among_rest`."""
     sides = ((pair.logp, pair.p), (pair.logq, pair.q))
-    return jnp.concatenate([_log_rest(logs, shares, pair.is_label, vocab_sum) for logs, shares in sides], 1)
+    return jnp.concatenate([log_sum(logs, shares, pair.is_label, vocab_sum) for logs, shares in sides], 1)
 
 
 def among_rest(pair: Pair) -> Array:
@@ -68,13 +68,13 @@ def _excess(logp: Array, logq: Array) -> Array:
     return jnp.where(near, p * series, p * (gap - 1.0) + jnp.exp(logq))
 
 
-def _log_rest(logs: Array, shares: Array, is_label: Array, vocab_sum: VocabSum) -> Array:
-    """log of the sum of all probabilities but the label's [C, 1], exact where that sum underflows, too.
+def log_sum(logs: Array, shares: Array, left_out: Array, vocab_sum: VocabSum) -> Array:
+    """log of the sum of all `shares` = exp(logs) but those left out [C, 1], exact where that sum underflows, too.
 
     The loop does not run unless it does for some row (logits of 46 or more over all others): then it bisects for a
     shift of that row's logs at which the sum neither vanishes nor overflows.
     """
-    total = vocab_sum(jnp.where(is_label, 0.0, shares))
+    total = vocab_sum(jnp.where(left_out, 0.0, shares))
     low, high = jnp.full(total.shape, -1e8, jnp.float32), jnp.zeros(total.shape, jnp.float32)
 
     def lost(state: State) -> Array:
@@ -86,7 +86,7 @@ def _log_rest(logs: Array, shares: Array, is_label: Array, vocab_sum: VocabSum) 
         go = lost(state)
         low, high = jnp.where(go & (total > LARGEST), at, low), jnp.where(go & (total < SMALLEST), at, high)
         middle = 0.5 * (low + high)
-        again = vocab_sum(jnp.where(is_label, 0.0, jnp.exp(jnp.minimum(logs - middle, STEEPEST))))
+        again = vocab_sum(jnp.where(left_out, 0.0, jnp.exp(jnp.minimum(logs - middle, STEEPEST))))
         return low, high, jnp.where(go, middle, at), jnp.where(go, again, total)
 
     state = (low, high, jnp.zeros(total.shape, jnp.float32), total)

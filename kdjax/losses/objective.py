@@ -42,7 +42,8 @@ class Objective:
         """The sum over the slots and the count it is to be divided by.
 
         token: sum_slots w_row w_slot loss, count = sum_rows mass. sample: the slot weights of a row are first divided
-        by its mass, count = rows with a mass (SE-KD eq. 3-5). Metrics: each term's mean value at the slots.
+        by its mass, count = rows with a mass (SE-KD eq. 3-5). Metrics: each term's mean value at the slots, and that of
+        what a policy says of them for a term.
         With sparse targets the terms that read the teacher are the divergence of their kind; see `for_sparse_targets`.
         """
         slots = selection.weight
@@ -62,7 +63,9 @@ class Objective:
             total, values = self._dense(rows, head, targets, *rest)
         filled = selection.weight.reshape(-1) > 0
         n = jnp.sum(filled, dtype=jnp.float32)
-        metrics = {name: (jnp.sum(jnp.where(filled, values[name], 0.0)), n) for name in self.terms}
+        if given is not None:
+            values |= {term.given: given for term in self.terms.values() if term.given}
+        metrics = {name: (jnp.sum(jnp.where(filled, value, 0.0)), n) for name, value in values.items()}
         return LossOutput(total, count, metrics)
 
     def for_sparse_targets(self, kind: str) -> "Objective":
@@ -82,6 +85,12 @@ class Objective:
 
     def for_policy(self, name: str, gives: str) -> "Objective":
         """This objective. Raises ValueError unless the policy `name` says of each slot what the terms read of it."""
+        given = {term.given: loss for loss, term in self.terms.items() if term.given}
+        if len(given) > 1:
+            raise ValueError(
+                f"loss.terms must hold one of {' and '.join(map(repr, given.values()))}, got both; they read different "
+                "numbers of a position, and a policy says one. Leave one out."
+            )
         for loss, term in self.terms.items():
             if term.given and term.given != gives:
                 raise ValueError(

@@ -166,7 +166,7 @@ def test_dkd_of_nothing_but_the_label():
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("name", ["todi", "akl", "dkd", "udkd", "at_kd", "adakd_reverse_kl"])
+@pytest.mark.parametrize("name", ["todi", "akl", "dkd", "udkd", "at_kd", "adakd_reverse_kl", "taid"])
 def test_split_vocabulary(name, implementation):
     """Four devices with a quarter of the columns each, padding in the last: the numbers of one device."""
     numbers, vocab, width = np.random.default_rng(7), 21, 6

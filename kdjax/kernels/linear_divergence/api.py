@@ -40,6 +40,7 @@ class Term:
     over columns must go through `vocab_sum`: a tile may hold one device's columns only. `value` reads number k of them
     as pair.row[:, k : k + 1].
     given: what the caller must say of each row, in a word; `row_scalars` finds that number as `pair.row` [C, 1].
+    sampled: takes the label for a draw from the student as it is now; nothing to the kernel.
     For the chips' kernels `value` may use what Mosaic lowers: arithmetic, exp, log, log1p, tanh, logistic, where, ...
     """
 
@@ -50,3 +51,4 @@ class Term:
     gradient_sum: float | None = None
     row_scalars: Callable[[Pair, VocabSum], Array] | None = None
     given: str = ""
+    sampled: bool = False
