@@ -166,7 +166,7 @@ def write_answers(
             shown.append(Progress(total, start_step=done - 1, unit="answer"))
         shown[0].update(done, tokens_per_second=rate)
 
-    found = generate(directory, prompts, samples, source, depends, made, on_progress)
+    found = generate(directory, prompts, samples, source, depends, made, on_progress, experiment.prompts.instruction)
     for progress in shown:
         progress.close()
     return found

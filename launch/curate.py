@@ -1,14 +1,15 @@
 """Choose what to train on: python -m launch.curate --config=configs/se_kd.py --workdir=runs/x [--config.samples...]
 
-With samples.fraction below 1 the rows of a text: each is scored (samples.score) by the untrained student, the
-samples.fraction of them with the highest scores are kept; the choice is written to <workdir>/samples, where
-launch.train looks for it. Run again, it leaves a finished choice as it is; another fraction takes the scores that are
-there. --agreement: with samples.positions below 1, the number of rows that are scored in full as well, to say how well
-the estimate ranks them.
+With samples.fraction below 1 the rows of a text or of prompts.answers: each is scored (samples.score) by the untrained
+student, the samples.fraction of them with the highest scores are kept; the choice is written to <workdir>/samples,
+where launch.train looks for it. Run again, it leaves a finished choice as it is; another fraction takes the scores that
+are there. --agreement: with samples.positions below 1, the number of rows that are scored in full as well, to say how
+well the estimate ranks them.
 
-With prompts.path the prompts: the student answers each of them generation.samples times, the answers are verified, and
-each prompt gets a weight by its pass rate (pass_rates.weight). <workdir> then holds rollouts/, verified.jsonl,
-pass_rates.jsonl and weights.jsonl. Run again after a kill, it goes on with the answer or the verdict that is missing.
+With prompts.path, else, the prompts: the student answers each of them generation.samples times, the answers are
+verified, and each prompt gets a weight by its pass rate (pass_rates.weight). <workdir> then holds rollouts/,
+verified.jsonl, pass_rates.jsonl and weights.jsonl. Run again after a kill, it goes on with the answer or the verdict
+that is missing.
 --add: other workdirs whose pass rates, of other seeds, are added. --earlier: those of the student as it was before,
 oldest first, for estimators of a rate that moves. --snr=32: also the signal-to-noise ratio of the gradients per pass
 rate, on one of prompts.answers for each of up to so many problems; table, <workdir>/snr.jsonl and snr.html.
@@ -67,29 +68,42 @@ def main() -> None:
     workdir, wanted = Path(app.require("workdir")), experiment.samples
     if experiment.prompts.answers == "pool":
         curate_answers.choose_answers(experiment, workdir, flags.FLAGS.yardstick)
-        processes.say(f"next: {shlex.join(['python', '-m', 'launch.train', *_shared(sys.argv[1:])])}")
-    if experiment.prompts.answers == "pool" and experiment.pass_rates.weight == "uniform":
+        if wanted.fraction == 1:
+            processes.say(f"next: {shlex.join(['python', '-m', 'launch.train', *_shared(sys.argv[1:])])}")
+    if wanted.fraction < 1:
+        choose_rows(experiment, workdir)
+    elif experiment.prompts.answers == "pool" and experiment.pass_rates.weight == "uniform":
         return
-    if experiment.prompts.path:
+    elif experiment.prompts.path:
         weigh_prompts(experiment, workdir)
-        return
-    if wanted.fraction == 1:
+    else:
         print("samples.fraction is 1: all rows are used and there is nothing to choose.")
-        return
 
+
+def choose_rows(experiment: "Experiment", workdir: Path) -> None:
+    """The rows of highest score, of the text or of given answers -> files -> summary."""
     processes.join()
 
     from kdjax import curation, loop, registry
-    from kdjax.build import build, samples_basis
+    from kdjax.build import build, keeps_rows, samples_basis
     from kdjax.checkpoint import agreed
 
+    wanted = experiment.samples
+    if flags.FLAGS.snr:
+        raise ValueError(
+            f"samples.fraction must be 1 with --snr, got {wanted.fraction}; gradients are measured per pass rate, over "
+            "all prompts. Set it to 1."
+        )
+    if not keeps_rows(experiment):
+        processes.say("on_policy.fraction is 1: launch.train scores each block of own answers; nothing to choose now.")
+        return
     score = registry.lookup(curation.SCORES, wanted.score, "samples.score")
     if score.needs_teacher and not experiment.teacher.path:
         raise ValueError(
             f"teacher.path must be set, got ''; samples.score={wanted.score!r} reads the teacher. Name one."
         )
     loop.claim_workdir(workdir, experiment)
-    built = build(experiment, live_teacher=score.needs_teacher)
+    built = build(experiment, workdir, live_teacher=score.needs_teacher, choosing=True)
     rows, basis = built.data.train, samples_basis(built)
     found, why = curation.reusable(workdir, basis)
     anew = agreed(found is None)
@@ -116,15 +130,17 @@ def weigh_prompts(experiment: "Experiment", workdir: Path) -> None:
     """The student's answers -> verdicts -> pass rates -> weights -> summary."""
     processes.join()
 
-    from kdjax import loop
+    from kdjax import loop, registry
     from kdjax.curation import chain, paced
-    from kdjax.curation.pass_rates import load_pass_rates
+    from kdjax.curation.pass_rates import ESTIMATORS, load_pass_rates
     from kdjax.data.prompts import load_prompts, split_prompts
     from kdjax.verifiers import check_prompts
 
     e = experiment
     if flags.FLAGS.snr and not e.prompts.answers:
         raise ValueError("prompts.answers must be set with --snr, got ''; gradients need answers. Set it to 'gold'.")
+    registry.lookup(paced.WEIGHTS, e.pass_rates.weight, "pass_rates.weight")  # answers take their time
+    registry.lookup(ESTIMATORS, e.pass_rates.estimator, "pass_rates.estimator")
     _, prompts = split_prompts(load_prompts(e.prompts), e.prompts)
     added = [load_pass_rates(Path(name)) for name in flags.FLAGS.add]
     earlier = [load_pass_rates(Path(name)) for name in flags.FLAGS.earlier]
@@ -136,15 +152,19 @@ def weigh_prompts(experiment: "Experiment", workdir: Path) -> None:
     print("\n".join(paced.table(found.weights.summary)))
     for note in found.notes:
         print(f"note: {note}")
-    seeds = ", ".join(map(str, found.rates.seeds))
+    seeds, tried = ", ".join(map(str, found.rates.seeds)), found.rates.tried + found.rates.undecided
+    each = " to ".join(map(str, sorted({int(tried.min()), int(tried.max())})))
     print(
-        f"{e.generation.samples} answers a prompt, {found.tokens:,} tokens; generation.seed {seeds}; loss.reduction "
+        f"{each} answers a prompt, {found.tokens:,} tokens; generation.seed {seeds}; loss.reduction "
         f"{e.loss.reduction!r}; pass rates {found.sha256[:12]}"
     )
     if flags.FLAGS.snr:
         measure(e, workdir, found)
     print(f"files: {workdir / 'weights.jsonl'}, pass_rates.jsonl, verified.jsonl beside it; answers: {rollouts}")
-    print(f"next: {shlex.join(['python', '-m', 'launch.train', *_shared(sys.argv[1:])])}")
+    command = shlex.join(["python", "-m", "launch.train", *_shared(sys.argv[1:])])
+    if not e.prompts.answers and e.on_policy.fraction == 0:
+        command += ", with prompts.answers or on_policy.fraction set: no answers are trained on yet"
+    print(f"next: {command}")
 
 
 def answer(e: "Experiment", prompts: "list[Prompt]", folder: Path) -> None:
@@ -226,7 +246,7 @@ def scored(built: "Built") -> tuple["np.ndarray", dict[str, Any]]:
 
     sides = built.student_params, built.teacher_params
     scorer = curation.make_scorer(parts.student, parts.teacher, e.samples, built.rules, size)
-    scores = scorer(*sides, rows, on_batch)
+    scores = scorer(*sides, rows, on_batch, {} if built.text is None else built.text.teacher)
     progress.close()
     seconds = time.perf_counter() - start
     made: dict[str, Any] = {
@@ -256,7 +276,8 @@ def compared(built: "Built", scores: "np.ndarray", size: int, count: int) -> dic
     some = np.sort(np.argsort(-order, kind="stable")[:count])
     whole = dataclasses.replace(e.samples, positions=1.0)
     scorer = curation.make_scorer(parts.student, parts.teacher, whole, built.rules, size)
-    full = scorer(built.student_params, built.teacher_params, take(rows, some))
+    text = {name: column[some] for name, column in ({} if built.text is None else built.text.teacher).items()}
+    full = scorer(built.student_params, built.teacher_params, take(rows, some), text=text)
     found = curation.agreement(full, scores[some], e.samples.fraction)
     figures = {name: None if math.isnan(value) else round(value, 4) for name, value in found.items()}
     return {"rows": count, "fraction": e.samples.fraction, **figures}

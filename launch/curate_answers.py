@@ -44,7 +44,10 @@ def show(e: "Experiment", pool: Mapping[str, Any], made: "Choice") -> None:
     """What the pool holds, what was selected, what it took."""
     counts, reasons = made.counts, pool["reasons"]
     left_out = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in reasons.items() if name and count)
-    print(f"pool: {pool['rows']:,} rows, {reasons['']:,} admitted" + (f"; left out: {left_out}" if left_out else ""))
+    cut = f", {pool['truncated']:,} of them cut off at data.seq_len" if pool["truncated"] else ""
+    print(
+        f"pool: {pool['rows']:,} rows, {reasons['']:,} admitted{cut}" + (f"; left out: {left_out}" if left_out else "")
+    )
     scores = {} if made.rated is None else made.rated.scores
     head = f"{e.answers.score:>18}" if scores else ""
     print(f"{'teacher':<24}{'rows':>9}{'admitted':>10}{'selected':>10}{head}")

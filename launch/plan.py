@@ -158,7 +158,8 @@ def topology_figures(experiment: "Experiment", name: str) -> dict[str, Any]:
         size = plan_work.ITEM_BYTES[e.teacher.dtype]
         theirs = plan_work.Side(teacher, size, of_teacher.batch_shards, of_teacher.model_shards)
     platform = aot.CHIPS[topology.chip].platform
-    work = plan_work.describe(e, ours, theirs, build_chooser(e.selection), build_objective(e.loss), platform, room)
+    objective = build_objective(e.loss, e.train.steps)
+    work = plan_work.describe(e, ours, theirs, build_chooser(e.selection), objective, platform, room)
     own = plan_generation.generation_figures(e, student, rules.batch_shards, rules.model_shards)
     notes += plan_generation.not_counted(e, own)
     found = plan_figures.figures(e, topology, program, work, rules, of_teacher, notes)

@@ -181,6 +181,7 @@ RULES = [
     ("generation.top_p", 0.0, "must be in (0, 1]", [1.0]),
     ("generation.top_k", -1, NOT_NEGATIVE, [0]),
     ("generation.min_p", 1.0, "must be in [0, 1)", [0.0]),
+    ("generation.stop", ("\n", ""), "must be texts that are not empty", [(), ("\n",)]),
     ("generation.batch_size", 0, COUNT, [1]),
     ("eval.prompts", -1, NOT_NEGATIVE, [0]),
     ("pass_rates.every", -1, NOT_NEGATIVE, [0]),
@@ -189,6 +190,9 @@ RULES = [
     ("pass_rates.prior", 0.0, "must be positive", [0.5]),
     ("served.prompt_logprobs", -1, NOT_NEGATIVE, [0]),
     ("on_policy.fraction", 1.5, "must be in [0, 1] or (name, *arguments)", [0.0]),
+    ("on_policy.fraction", ("linear", 0.0, 3.0, 100), "with values there, got ('linear', 0.0, 3.0, 100.0)", [0.0]),
+    ("on_policy.fraction", ("constant", -0.5), "must be in [0, 1]", []),
+    ("on_policy.terms", (("jsd",),), "must be a tuple of (name, weight or schedule)", [(), (("jsd", 1.0),)]),
     ("on_policy.block", 0, COUNT, [1]),
     ("on_policy.reuse", 0, COUNT, [1]),
     ("on_policy.truncated", "cut", "must be 'keep' or 'drop'", ["drop"]),
@@ -233,6 +237,8 @@ RULES = [
     ("loss.beta", 1.0, "must be in (0, 1)", [0.9]),
     ("loss.skew", 1.0, "must be in [0, 1)", [0.0]),
     ("loss.todi_scale", -0.5, NOT_NEGATIVE, [0.0]),
+    ("loss.taid_start", 1.5, "in [0, 1], got 1.5; it is the teacher's share; 1 is forward KL.", [0.0, 1.0]),
+    ("loss.taid_rate", -0.1, "in [0, 1], got -0.1; it is a share of the way that is left.", [0.0]),
     ("loss.akl_mu", 0.0, "must be in (0, 1)", [0.1]),
     ("loss.akl_mu", 1.0, "must be in (0, 1)", [0.9]),
     ("loss.dkd_beta", -1.0, NOT_NEGATIVE, [0.0]),
@@ -294,6 +300,10 @@ def test_micro_batches_are_even():
             {"teacher__privileged": "{answer}", "prompts__path": ""},
             "prompts.path must name prompts, got ''; teacher.priv",
         ),
+        (
+            {"pass_rates__weight": "paced", "prompts__path": ""},
+            "prompts.path must name prompts, got ''; pass_rates.weight is set",
+        ),
         ({"on_policy__fraction": 0.5, "teacher__source": "cache"}, "teacher.source must be 'live' with on_policy.frac"),
         (
             {"teacher__privileged": "{answer}", "teacher__source": "cache"},
@@ -304,8 +314,39 @@ def test_micro_batches_are_even():
             {"pass_rates__every": 2, "on_policy__fraction": 1.0, "pass_rates__weight": "paced"},
             "pass_rates.every must be 0 but with own answers, weights by them and an estimator over rounds, got 2 with",
         ),
-        ({"samples__fraction": 0.5}, "samples.fraction must keep its default with prompts.path, got 0.5; "),
-        ({"cache__superset": 0.5}, "cache.superset must keep its default with prompts.path, got 0.5; "),
+        *(
+            (
+                {"pass_rates__every": 2, "on_policy__fraction": 1.0, "pass_rates__weight": weight} | other,
+                f"pass_rates.every must be 0 with pass_rates.weight={weight!r}, got 2; ",
+            )
+            for weight, other in [
+                ("curriculum", {"pass_rates__estimator": "discounted"}),
+                ("hard_filter", {"pass_rates__estimator": "discounted"}),
+                ("bayes", {}),
+            ]
+        ),
+        (
+            {"pass_rates__weight": "curriculum", "pass_rates__normalise": "sample"},
+            "pass_rates.normalise must not be 'sample' with pass_rates.weight='curriculum', got 'sample'; both say",
+        ),
+        (
+            {"pass_rates__weight": "bayes", "pass_rates__estimator": "laplace"},
+            "pass_rates.estimator must be 'raw' with pass_rates.weight='bayes', got 'laplace'; the prior would count",
+        ),
+        ({"cache__superset": 0.5}, "cache.superset must keep its default with prompts.path, got 0.5; a cache of answ"),
+        (
+            {"samples__fraction": 0.5, "pass_rates__weight": "paced"},
+            "pass_rates.weight must be 'uniform' with samples.fraction below 1, got 'paced'; they are two policies of "
+            "one axis: both say what a prompt is worth. Set it so, or samples.fraction to 1.",
+        ),
+        (
+            {"samples__fraction": 0.5, "pass_rates__normalise": "sample"},
+            "pass_rates.normalise must be 'dataset_mean' with samples.fraction below 1, got 'sample'; they are two",
+        ),
+        (
+            {"samples__fraction": 0.5, "samples__rescore_every": 3, "on_policy__fraction": 1.0},
+            "samples.rescore_every must be 0 with on_policy.fraction=1, got 3; each block of own answers is scored by",
+        ),
     ],
 )
 def test_prompts_and_what_needs_them(fields, message):
@@ -315,6 +356,9 @@ def test_prompts_and_what_needs_them(fields, message):
         prompts__path="arith", on_policy__fraction=("step", 0, 1, 5), teacher__privileged="{question}{answer}"
     )
     assert stages.on_policy.fraction == ("step", 0.0, 1.0, 5.0)
+    assert made(prompts__path="arith", on_policy__fraction=("mine:schedule", 9)).on_policy.fraction[1] == 9
+    both = made(prompts__path="arith", on_policy__fraction=0.5, samples__fraction=0.2, samples__rescore_every=3)
+    assert both.samples.fraction == 0.2
 
 
 @pytest.mark.parametrize(
@@ -334,6 +378,10 @@ def test_prompts_and_what_needs_them(fields, message):
         (
             {"answers__rescore_every": 5, "teacher__source": "cache"},
             "answers.rescore_every must be 0 with teacher.source='cache', got 5;",
+        ),
+        (
+            {"answers__rescore_every": 5, "samples__fraction": 0.5},
+            "answers.rescore_every must be 0 with samples.fraction below 1, got 5; they are two policies of one axis",
         ),
         ({"answers__restart": "weights"}, "answers.restart must be '' without answers.rescore_every, got 'weights';"),
         ({"prompts__path": ""}, "prompts.path must name prompts, got ''; prompts.answers is set"),

@@ -246,7 +246,7 @@ def config_file(made: Experiment, command: str) -> str:
 def phases(made: Experiment) -> tuple[str, ...]:
     """The scripts of launch/ that a run of this experiment takes, in order."""
     wanted = {
-        "curate": made.samples.fraction < 1
+        "curate": (made.samples.fraction < 1 and made.on_policy.fraction != 1)  # own answers are chosen in training
         or made.prompts.answers == "pool"
         or (bool(made.prompts.path) and made.pass_rates.weight != "uniform"),
         "cache_teacher": made.teacher.source == "cache",

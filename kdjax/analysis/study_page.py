@@ -63,9 +63,13 @@ def _lead(study: Study, records: Sequence[Record]) -> str:
     rows = base.train.steps * base.train.batch_size
     covers = f"{rows * base.data.seq_len:,} tokens of {base.data.path}"
     judged = f"the same {records[0]['heldout_tokens']:,} held-out tokens"
-    if base.prompts.answers:
+    if base.prompts.answers or base.on_policy.fraction != 0:
         covers = f"{rows:,} answers to prompts of {base.prompts.path}"
-        judged += f" of {base.data.path}, and on answers to {base.eval.prompts} held-out prompts"
+        if not base.prompts.answers and base.on_policy.fraction != 1:
+            covers = f"{rows:,} rows, text of {base.data.path} and answers to prompts of {base.prompts.path}"
+        judged += f" of {base.data.path}"
+        if base.eval.prompts:
+            judged += f", and on answers to {base.eval.prompts} held-out prompts"
     return (
         f"{len(study.arms)} arms, seeds {', '.join(map(str, study.seeds))}; {len(records)} finished runs. Each arm "
         f"covers {covers}"

@@ -1,6 +1,7 @@
 """The only room where names become objects: from an `Experiment` to models, data and the parts of the step."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 from kdjax import config as schema
 from kdjax import models, registry
-from kdjax.build.asked import Asked, TrainingText, reselected, training_text
+from kdjax.build.asked import Asked, TrainingText, check_student, reselected, training_text
 from kdjax.build.checks import (
     check_cached,
     check_ids,
@@ -18,6 +19,7 @@ from kdjax.build.checks import (
     check_rows,
     check_tokenizers,
     is_served,
+    keeps_rows,
     scores_text,
 )
 from kdjax.build.parts import (
@@ -59,6 +61,7 @@ __all__ = [
     "cache_path",
     "check_cached",
     "check_rows",
+    "keeps_rows",
     "language_model",
     "load_experiment",
     "reselected",
@@ -106,12 +109,14 @@ class Built:
         return () if self.teacher is None else self.teacher.params
 
 
-def build(experiment: Experiment, workdir: Path | None = None, *, live_teacher: bool = False) -> Built:
+def build(
+    experiment: Experiment, workdir: Path | None = None, *, live_teacher: bool = False, choosing: bool = False
+) -> Built:
     """Load models and data and compose the step. Raises ValueError that names the config path at fault.
 
     workdir: where the kept rows and the cache of this experiment are; without it all rows count and no cache is opened.
     live_teacher: load the teacher even where a cache speaks for it, to evaluate or to write that cache; a served one
-    is not to be had.
+    is not to be had. choosing: rows are still to be chosen; of the workdir the selected answers alone are read.
     What is quick comes first: a misspelt name or a damaged text is said before gigabytes of weights are read.
     """
     e = experiment
@@ -126,6 +131,8 @@ def build(experiment: Experiment, workdir: Path | None = None, *, live_teacher: 
     teacher = None if cached or is_served(e) else _load_teacher(experiment, of_teacher)
     teacher_cfg = None if is_served(e) else _teacher_config(experiment, teacher)
     cfg, params, source = _load_student(experiment, teacher, rules)
+    if text.asked is not None:
+        check_student(experiment, text.asked, params, workdir)
     check_tokenizers(experiment, tokenizer, teacher_cfg, cfg)
     check_ids(data, cfg, teacher_cfg)
     if experiment.data.packing == "pack":
@@ -137,9 +144,9 @@ def build(experiment: Experiment, workdir: Path | None = None, *, live_teacher: 
     if experiment.teacher.devices and teacher is not None:
         built = _teacher_apart(built, teacher, of_teacher)
     built = dataclasses.replace(built, text=text)
-    if workdir is None:
+    if workdir is None or choosing:
         return built
-    if experiment.samples.fraction < 1:
+    if keeps_rows(experiment):
         built = dataclasses.replace(built, train=kept_rows(built.train, workdir, samples_basis(built)))
     if cached:
         built = dataclasses.replace(built, cache=open_cache(cache_path(experiment, workdir), cache_identity(built)))
@@ -155,10 +162,13 @@ def student_speaker(built: Built, params: Params) -> Speaker:
 
 def samples_basis(built: Built) -> Basis:
     """What the sample axis depends on in this experiment."""
+    teacher, shown = None if built.teacher is None else built.teacher.fingerprint, built.experiment.teacher.privileged
+    if teacher is not None and shown:
+        teacher = hashlib.sha256(f"{teacher} {shown}".encode()).hexdigest()
     return basis(
         built.experiment.samples,
         built.student_params,
-        None if built.teacher is None else built.teacher.fingerprint,
+        teacher,
         tokenizers.fingerprint(built.tokenizer),
         built.data.fingerprint,
     )

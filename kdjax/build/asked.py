@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,11 @@ import numpy as np
 
 from kdjax.build.checks import check_served, is_served, said_answers
 from kdjax.config import Experiment
-from kdjax.curation.answers.selected import NAME, read_selected
+from kdjax.curation import params_fingerprint
+from kdjax.curation.answers.selected import NAME, basis_of, check_chooser, read_selected
 from kdjax.curation.batches import choose_rows, easiest_first
-from kdjax.curation.paced import load_weights, training_weights
-from kdjax.curation.pass_rates import PassRates, load_pass_rates
+from kdjax.curation.paced import load_weights, rates_of_weights, training_weights
+from kdjax.curation.pass_rates import PassRates
 from kdjax.curation.served_cache import (
     SERVED,
     Said,
@@ -24,11 +27,15 @@ from kdjax.curation.served_cache import (
     make_listener,
 )
 from kdjax.data import LoadedData, Rows
-from kdjax.data.prompts import Prompt, fingerprint, load_prompts, messages, split_prompts
+from kdjax.data.prompts import Prompt, fingerprint, load_prompts, messages, question_digest, split_prompts
 from kdjax.data.responses import Answered, answer_rows, end_of_answer, prompt_ids, room_for_teacher
+from kdjax.generation.generate import identity
 from kdjax.generation.store import FAILED, LENGTH, STOP, Rollout, each_rollout
+from kdjax.models import tokenizer as tokenizers
+from kdjax.types import Params
 
 GOLD, POOL = "gold", "pool"
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,7 +45,8 @@ class Asked:
     heldout: to evaluate on. train: those with a weight above 0; ids, seen_by_teacher (None = the same) and weight are
     of these, in this order; rank: with a curriculum the place of each, the easiest first. end: the id that ends an
     answer. room: how much longer the teacher's rows are. weighs: whether rows have these weights in the loss; else they
-    are drawn by them. rates: of the train prompts, with pass_rates.every.
+    are drawn by them. rates: of the train prompts, with pass_rates.every. student: the fingerprint of the parameters
+    whose answers made the weights; "" = any.
     """
 
     heldout: tuple[Prompt, ...]
@@ -52,6 +60,7 @@ class Asked:
     fingerprint: str
     weighs: bool = True
     rates: PassRates | None = None
+    student: str = ""
 
     def answered(self, number: int, answer: Sequence[int]) -> Answered:
         """The row to be of an answer to train[number]."""
@@ -59,7 +68,7 @@ class Asked:
         return Answered(self.ids[number], tuple(answer), weight, self.seen_by_teacher[number])
 
     def choice(self, e: Experiment, prompts: np.ndarray, steps: int) -> Callable[[int], np.ndarray] | None:
-        """`curation.paced.choose_rows` for rows that answer these prompts, of batches for `steps` steps."""
+        """`curation.batches.choose_rows` for rows that answer these prompts, of batches for `steps` steps."""
         rank = None if self.rank is None else self.rank[prompts]
         return choose_rows(self.weight[prompts], rank, e.pass_rates, e.train.batch_size, e.train.seed, steps)
 
@@ -67,11 +76,12 @@ class Asked:
 def load_asked(e: Experiment, tokenizer: Any, workdir: Path | None) -> Asked:
     """The prompts of `e.prompts`, with the weights that launch.curate left in `workdir`.
 
-    Raises ValueError for prompts that are too long for data.seq_len, weights that are missing, a teacher that shall see
-    gold answers that are not there.
+    Raises ValueError for prompts that are too long for data.seq_len, weights that are missing or of another experiment,
+    a teacher that shall see gold answers that are not there.
     """
     every = load_prompts(e.prompts)
     heldout, train = split_prompts(every, e.prompts)
+    rates = _rates(e, train, tokenizer, workdir)
     weight, rank = _weights(e, train, workdir)
     kept = [number for number in range(len(train)) if weight[number] > 0]
     train, weight = [train[number] for number in kept], weight[kept]
@@ -81,9 +91,6 @@ def load_asked(e: Experiment, tokenizer: Any, workdir: Path | None) -> Asked:
     seen = tuple(_privileged(e, prompt, tokenizer) for prompt in train)
     room = room_for_teacher([Answered(a, (), 1.0, b) for a, b in zip(ids, seen, strict=True)])
     end = end_of_answer(tokenizer, chat_template=e.data.chat_template)
-    rates = None
-    if e.pass_rates.every and workdir is not None:
-        rates = load_pass_rates(workdir).of([prompt.id for prompt in train])
     return Asked(
         tuple(heldout),
         tuple(train),
@@ -95,8 +102,23 @@ def load_asked(e: Experiment, tokenizer: Any, workdir: Path | None) -> Asked:
         room,
         fingerprint(every),
         e.pass_rates.normalise != "sample",
-        rates,
+        rates.of([prompt.id for prompt in train]) if rates is not None and e.pass_rates.every else None,
+        "" if rates is None else str(rates.basis.get("model", "")),
     )
+
+
+def check_student(e: Experiment, asked: Asked, params: Params, workdir: Path | None) -> None:
+    """The student with these parameters is the one that answers were chosen for, and whose answers made the weights.
+
+    Raises ValueError if it is not.
+    """
+    if e.prompts.answers == POOL and workdir is not None:
+        check_chooser(workdir, lambda: params_fingerprint(params))
+    if asked.student and asked.student != (here := params_fingerprint(params)):
+        raise ValueError(
+            f"student.* must give the student whose pass rates there are, {asked.student[:12]}, got {here[:12]}; "
+            "another one solves other prompts. Run launch.curate in another --workdir, or undo the change."
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,17 +139,22 @@ class TrainingText:
 
 
 def training_text(e: Experiment, data: LoadedData, tokenizer: Any, workdir: Path | None) -> TrainingText:
-    """The training text of an experiment whose corpus is `data`. Raises ValueError as `load_asked` does."""
+    """The training text of an experiment whose corpus is `data`.
+
+    Raises ValueError as `load_asked` does, and for settings of answers where none are trained on.
+    """
     said, speaker = dict[int, Said](), None
     if is_served(e):
         check_served(e)
         speaker = check_answers(e) if said_answers(e) else SERVED + e.served.model
     if not e.prompts.answers and e.on_policy.fraction == 0:
+        if workdir is not None:
+            _check_effect(e)
         return TrainingText(data, speaker=speaker)
     asked = load_asked(e, tokenizer, workdir)
     rows, text, choose = data.train, dict[str, np.ndarray](), None
     if e.prompts.answers:
-        rows, text, numbers, said = rows_of_answers(e, asked, tokenizer, answers_of(e, workdir))
+        rows, text, numbers, said = rows_of_answers(e, asked, tokenizer, answers_of(e, asked, tokenizer, workdir))
         choose = asked.choice(e, numbers, e.train.steps)
     if said_answers(e):
         speaker = f"{speaker}, {digest(said)}"
@@ -141,17 +168,24 @@ def reselected(text: TrainingText, e: Experiment, tokenizer: Any, workdir: Path,
     """The text with the answers of another selection of the pool."""
     if text.asked is None:
         raise ValueError(f"prompts.answers must be {POOL!r} where answers are chosen anew, got {e.prompts.answers!r}.")
-    rows, columns, numbers, _ = rows_of_answers(e, text.asked, tokenizer, answers_of(e, workdir, selection))
+    rows, columns, numbers, _ = rows_of_answers(
+        e, text.asked, tokenizer, answers_of(e, text.asked, tokenizer, workdir, selection)
+    )
     choose = text.asked.choice(e, numbers, e.train.steps)
     return dataclasses.replace(text, data=dataclasses.replace(text.data, train=rows), teacher=columns, choose=choose)
 
 
-def answers_of(e: Experiment, workdir: Path | None, selection: str = NAME) -> Iterator[Rollout]:
-    """What `prompts.answers` names: a directory of launch.generate, or with "pool" what launch.curate selected."""
+def answers_of(
+    e: Experiment, asked: Asked, tokenizer: Any, workdir: Path | None, selection: str = NAME
+) -> Iterator[Rollout]:
+    """What `prompts.answers` names: a directory of launch.generate, or with "pool" what launch.curate selected.
+
+    Raises ValueError if that was selected for another experiment, but for the student.
+    """
     if e.prompts.answers != POOL:
         yield from each_rollout(e.prompts.answers)
     elif workdir is not None:
-        for one in read_selected(workdir, selection):
+        for one in read_selected(workdir, selection, e.answers, basis_of(e, tokenizer, asked.fingerprint)):
             yield Rollout(one.id, 0, one.text.lstrip(), LENGTH if one.cut_off else STOP)
 
 
@@ -161,7 +195,8 @@ def rows_of_answers(
     """The rows of `prompts.answers`, the teacher's in their place ({} = the same), the prompt of each, what was said.
 
     gold: the gold answer of every prompt. Otherwise all of `answers` to the train prompts but those that failed; one
-    that was cut off has no end. What a server said of a row is read for its cache. Raises ValueError if there is none.
+    that was cut off has no end. What a server said of a row is read for its cache. Raises ValueError if there is none,
+    or one of another question with this id.
     """
     made: list[Answered] = []
     numbers: list[int] = []
@@ -173,8 +208,15 @@ def rows_of_answers(
                 numbers.append(number)
     else:
         number_of = {prompt.id: number for number, prompt in enumerate(asked.train)}
+        asks = [question_digest(prompt, e.prompts.instruction) for prompt in asked.train]
         found = (r for r in answers if r.finish != FAILED and r.response and r.id in number_of)
         for rollout, ids, heard in _heard(e, found, tokenizer):
+            if rollout.asks not in ("", asks[number_of[rollout.id]]):
+                raise ValueError(
+                    f"prompts.answers must hold answers to the questions of prompts.path, got {e.prompts.answers!r}, "
+                    f"whose answer to {rollout.id!r} is to another question. Set prompts.path to the prompts that "
+                    "launch.generate was given, or run it for these with another --out."
+                )
             if heard is not None:
                 said[len(made)] = heard
             end = [] if rollout.finish == LENGTH else [asked.end]
@@ -184,6 +226,16 @@ def rows_of_answers(
         raise ValueError(
             f"prompts.answers must hold answers to the train prompts, got {e.prompts.answers!r} with none. Run "
             "launch.generate (with 'pool' launch.curate) for these prompts first, or set it to 'gold'."
+        )
+    long = sum(len(one.prompt) + len(one.answer) > e.data.seq_len for one in made)
+    if long:
+        log.warning(
+            "%d of %d answers of prompts.answers do not fit into data.seq_len=%d behind their prompts and lose their "
+            "ends. Raise it to %d.",
+            long,
+            len(made),
+            e.data.seq_len,
+            max(len(one.prompt) + len(one.answer) for one in made),
         )
     return *answer_rows(made, e.data.seq_len, asked.room), np.array(numbers), said
 
@@ -215,6 +267,29 @@ def _encode(e: Experiment, prompt: Prompt, tokenizer: Any) -> list[int]:
     return prompt_ids(prompt, tokenizer, chat_template=e.data.chat_template, system_prompt=e.data.system_prompt)
 
 
+def _check_effect(e: Experiment) -> None:
+    """Nothing is set that only answers to prompts feel, for the text of data.path is trained on."""
+    for name, value, default in (
+        ("pass_rates.weight", e.pass_rates.weight, "uniform"),
+        ("teacher.privileged", e.teacher.privileged, ""),
+    ):
+        if value != default:
+            raise ValueError(
+                f"{name} must be {default!r} without answers to prompts to train on, got {value!r}; the text of "
+                "data.path would be trained on without it. Set prompts.answers or on_policy.fraction."
+            )
+
+
+def _rates(e: Experiment, train: Sequence[Prompt], tokenizer: Any, workdir: Path | None) -> PassRates | None:
+    """The pass rates behind the weights, if there are weights; but for the student, they are of this experiment."""
+    if e.pass_rates.weight == "uniform" or workdir is None:
+        return None
+    depends = identity("", tokenizers.fingerprint(tokenizer), train, e.generation, e.data)
+    depends |= {"default_verifier": e.prompts.verifier}
+    wanted = {name: value for name, value in depends.items() if name not in ("model", "seed")}
+    return rates_of_weights(workdir, json.loads(json.dumps(wanted)), e.generation.seed)
+
+
 def _weights(e: Experiment, train: Sequence[Prompt], workdir: Path | None) -> tuple[np.ndarray, np.ndarray | None]:
     """(weights, ranks of a curriculum) of the prompts."""
     if e.pass_rates.weight == "uniform" or workdir is None:
@@ -232,6 +307,8 @@ def _weights(e: Experiment, train: Sequence[Prompt], workdir: Path | None) -> tu
 
 
 def _check_room(e: Experiment, train: Sequence[Prompt], ids: Sequence[tuple[int, ...]]) -> None:
+    if e.prompts.answers == POOL and e.on_policy.fraction == 0:
+        return  # launch.curate selects no answer to a prompt without room for one
     wanted = e.generation.new_tokens if e.on_policy.fraction != 0 else 1
     longest = max(range(len(ids)), key=lambda number: len(ids[number]))
     if len(ids[longest]) + wanted > e.data.seq_len:

@@ -1,6 +1,7 @@
 """What must fit together in an experiment, said before any weight is read."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -86,6 +87,39 @@ def check_cached(e: Experiment, chooser: Chooser) -> None:
                 f"selection.signal must not need {name!r} of the teacher with this cache, got {e.selection.signal!r}; "
                 f"the cache does not hold it. {how.get(name, 'Set another signal')} or teacher.source='live'."
             )
+
+
+def check_fresh(e: Experiment, sampled: Sequence[str], where: str) -> None:
+    """Losses of `where` that take the labels for draws of the student get such. Raises ValueError if they do not.
+
+    The ratio of the student's probability now to the one when it drew is then 1; nothing keeps the latter per token.
+    """
+    o, g = e.on_policy, e.generation
+    rules: dict[str, tuple[object, object, str]] = {
+        "on_policy.block": (o.block, 1, "later answers of a block are an older student's"),
+        "on_policy.reuse": (o.reuse, 1, "the student has moved when it sees an answer again"),
+        "on_policy.truncated": (o.truncated, "keep", "what is left is not what the student says"),
+        "samples.fraction": (e.samples.fraction, 1.0, "which answers are kept depends on what was drawn"),
+        "generation.temperature": (g.temperature, 1.0, "that is another distribution"),
+        "generation.top_p": (g.top_p, 1.0, "that is another distribution"),
+        "generation.top_k": (g.top_k, 0, "that is another distribution"),
+        "generation.min_p": (g.min_p, 0.0, "that is another distribution"),
+        "generation.stop": (g.stop, (), "the end of such an answer is not drawn"),
+    }
+    if where != "on_policy.terms":
+        rules = {"on_policy.fraction": (o.fraction, 1.0, "other text is not the student's")} | rules
+    for name, (value, needed, why) in rules.items() if sampled else ():
+        if value != needed:
+            raise ValueError(
+                f"{name} must be {needed!r} with the loss {sampled[0]!r}, got {value!r}; it learns from tokens that "
+                f"the student draws from its whole distribution at once before the step: {why}. Set it so, or name "
+                f"'reverse_kl' in {where}."
+            )
+
+
+def keeps_rows(e: Experiment) -> bool:
+    """Whether launch.curate chooses rows of the given text; own answers are chosen block by block in training."""
+    return e.samples.fraction < 1 and e.on_policy.fraction != 1
 
 
 def is_served(e: Experiment) -> bool:

@@ -8,14 +8,15 @@ import optax
 
 from kdjax import config as schema
 from kdjax import models, registry
-from kdjax.build.checks import check_cached
+from kdjax.build.checks import check_cached, check_fresh
 from kdjax.config import Experiment
 from kdjax.losses import LOSSES
 from kdjax.losses.objective import Objective
 from kdjax.models import ModelConfig
 from kdjax.optim import make_optimiser
-from kdjax.schedules import Schedule, make_schedule
+from kdjax.schedules import Schedule, make_schedule, own_steps
 from kdjax.selection import POLICIES, SIGNALS, Chooser
+from kdjax.selection.policies.interpolated import interpolated
 from kdjax.sharding import Rules
 from kdjax.step import LanguageModel, StepParts
 from kdjax.teacher.classes import CLASSES, make_class_sampler
@@ -69,8 +70,10 @@ def build_parts(
 
 def named_parts(e: Experiment) -> tuple[Chooser, Objective, optax.GradientTransformation, Schedule]:
     """What the step needs besides the models."""
-    chooser = build_chooser(e.selection)
-    objective = build_objective(e.loss).for_policy(e.selection.policy, chooser.policy.gives)
+    chooser, objective = build_chooser(e.selection), _by_origin(e)
+    if any(term.given == "teacher_share" for term in objective.terms.values()):
+        chooser = dataclasses.replace(chooser, policy=interpolated(chooser.policy, e.loss, e.train.steps))
+    objective = objective.for_policy(e.selection.policy, chooser.policy.gives)
     if e.classes.kind != "all":
         registry.lookup(CLASSES, e.classes.kind, "classes.kind")
         objective = objective.for_sparse_targets(e.classes.kind)
@@ -85,24 +88,51 @@ def build_chooser(config: schema.Selection) -> Chooser:
     return Chooser(signal if policy.uses_signal or by_score else None, policy, by_score)
 
 
-def build_objective(config: schema.Loss) -> Objective:
-    """The mixture that `loss` describes; a term of constant weight 0 is left out, so that it costs nothing."""
+def _by_origin(e: Experiment) -> Objective:
+    """The mixture of `loss.terms`, and at the steps on own answers that of `on_policy.terms`, if there are any."""
+    steps, terms = e.train.steps, e.on_policy.terms
+    objective = build_objective(e.loss, steps)
+    if not terms:
+        check_fresh(e, [name for name, term in objective.terms.items() if term.sampled], "loss.terms")
+        return objective
+    if e.on_policy.fraction == 0:
+        raise ValueError(
+            f"on_policy.terms must be () with on_policy.fraction=0, got {terms!r}; no step is on own answers. Set "
+            "on_policy.fraction, or loss.terms."
+        )
+    on_own = build_objective(dataclasses.replace(e.loss, terms=terms), steps, "on_policy.terms")
+    for one, where in ((objective, "loss.terms"), (on_own, "on_policy.terms")):
+        check_fresh(e, [name for name, term in one.terms.items() if term.sampled], where)
+    own = own_steps(e.on_policy.fraction, steps, e.train.seed)
+    nothing = make_schedule(0.0, "loss.terms")
+
+    def weight(name: str) -> Schedule:
+        here, there = (one.weights.get(name, nothing) for one in (on_own, objective))
+        return lambda update: jnp.where(jnp.asarray(own)[update], here(update), there(update))
+
+    every = {**objective.terms, **on_own.terms}
+    return dataclasses.replace(objective, terms=every, weights={name: weight(name) for name in every})
+
+
+def build_objective(config: schema.Loss, steps: int | None = None, where: str = "loss.terms") -> Objective:
+    """The mixture that `loss` describes; a term of constant weight 0 is left out, so that it costs nothing.
+
+    steps: of the run, for schedules that have shares of it. where: the config path of the terms, for errors.
+    """
     terms, weights = {}, {}
     for entry in config.terms:
         if not isinstance(entry, (tuple, list)) or len(entry) != 2:
-            raise ValueError(f"loss.terms must hold (name, weight) pairs, got {entry!r}. Write (('forward_kl', 1.0),).")
+            raise ValueError(f"{where} must hold (name, weight) pairs, got {entry!r}. Write (('forward_kl', 1.0),).")
         name, weight = entry
         if name in terms:
-            raise ValueError(f"loss.terms must name each loss once, got {name!r} twice. Add up their weights.")
-        term = registry.lookup(LOSSES, name, "loss.terms")(config)
+            raise ValueError(f"{where} must name each loss once, got {name!r} twice. Add up their weights.")
+        term = registry.lookup(LOSSES, name, where)(config)
         if weight != 0:
             terms[name] = term
-            weights[name] = make_schedule(tuple(weight) if isinstance(weight, list) else weight, "loss.terms")
+            weights[name] = make_schedule(tuple(weight) if isinstance(weight, list) else weight, where, steps)
     if not terms:
-        raise ValueError(
-            f"loss.terms must have a weight that is not 0, got {config.terms!r}; nothing would be learned."
-        )
-    return Objective(terms, weights, make_schedule(config.tau, "loss.tau"), config.reduction)
+        raise ValueError(f"{where} must have a weight that is not 0, got {config.terms!r}; nothing would be learned.")
+    return Objective(terms, weights, make_schedule(config.tau, "loss.tau", steps), config.reduction)
 
 
 def language_model(

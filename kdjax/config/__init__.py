@@ -45,7 +45,10 @@ from kdjax.config.schema import (
 )
 from kdjax.registry import did_you_mean
 
+RELEASED_SYSTEM = "You are a helpful assistant."  # of the code of arXiv 2605.26872
+
 __all__ = [
+    "RELEASED_SYSTEM",
     "RULES",
     "Answers",
     "Cache",
@@ -89,9 +92,15 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def from_config_dict(config: ml_collections.ConfigDict) -> Experiment:
-    """The frozen, checked experiment. Raises ValueError that names the config path, what it is and what it must be."""
+    """The frozen, checked experiment. Raises ValueError that names the config path, what it is and what it must be.
+
+    With answers.official chats without a system text begin with that of the released code, RELEASED_SYSTEM.
+    """
     experiment = _build(Experiment, config.to_dict(), "")
     check(experiment)
+    data = experiment.data
+    if experiment.answers.official and data.chat_template and not data.system_prompt:
+        return dataclasses.replace(experiment, data=dataclasses.replace(data, system_prompt=RELEASED_SYSTEM))
     return experiment
 
 

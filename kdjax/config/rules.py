@@ -13,6 +13,14 @@ def _is_schedule(value: Any) -> bool:
     return isinstance(value, float) or (isinstance(value, tuple) and value[:1] != () and isinstance(value[0], str))
 
 
+def _is_share(value: Any) -> bool:
+    """A schedule goes from its first argument to its second; of one from elsewhere nothing is known."""
+    if not isinstance(value, tuple) or not _is_schedule(value):
+        return isinstance(value, float) and 0 <= value <= 1
+    levels = () if ":" in value[0] else value[1:3]
+    return all(0 <= level <= 1 for level in levels if isinstance(level, (int, float)))
+
+
 def _is_term(term: Any) -> bool:
     return isinstance(term, tuple) and len(term) == 2 and isinstance(term[0], str) and _is_schedule(term[1])
 
@@ -73,11 +81,17 @@ RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "generation.top_p": (lambda v: 0 < v <= 1, "in (0, 1]", "it is a probability mass, 1 keeps all tokens"),
     "generation.top_k": (*_at_least(0), "0 keeps all tokens"),
     "generation.min_p": (lambda v: 0 <= v < 1, "in [0, 1)", "it is a share of the largest probability"),
+    "generation.stop": (all, "texts that are not empty", "the empty text is in every answer"),
     "generation.batch_size": _COUNT,
     "on_policy.fraction": (
-        lambda v: _is_schedule(v) and (isinstance(v, tuple) or 0 <= v <= 1),
-        "in [0, 1] or (name, *arguments)",
+        _is_share,
+        "in [0, 1] or (name, *arguments) with values there",
         "it is a share of the steps",
+    ),
+    "on_policy.terms": (
+        lambda v: all(map(_is_term, v)),
+        "a tuple of (name, weight or schedule)",
+        "one term is written ((name, weight),)",
     ),
     "on_policy.block": _COUNT,
     "on_policy.reuse": _COUNT,
@@ -124,6 +138,8 @@ RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "loss.todi_scale": (*_at_least(0), "below 0 forward KL would act where reverse KL should"),
     "loss.akl_mu": (lambda v: 0 < v < 1, "in (0, 1)", "it is a share of the mass; use reverse_kl or forward_kl"),
     "loss.dkd_beta": (*_at_least(0), "0 leaves the label against the rest"),
+    "loss.taid_start": (lambda v: 0 <= v <= 1, "in [0, 1]", "it is the teacher's share; 1 is forward KL"),
+    "loss.taid_rate": (lambda v: 0 <= v <= 1, "in [0, 1]", "it is a share of the way that is left"),
     "loss.reduction": (*_one_of("token", "sample"), "see Loss"),
     "optim.learning_rate": (lambda v: v > 0, "positive", "nothing would be learned"),
     "optim.warmup": _OR_OFF,
@@ -174,11 +190,7 @@ def check(experiment: Experiment) -> None:
             "the student's mesh. Set teacher.devices, or mesh.shape."
         )
     _check_prompts(experiment)
-    if experiment.samples.rescore_every and experiment.samples.fraction == 1:
-        raise ValueError(
-            f"samples.rescore_every must be 0 with samples.fraction=1, got {experiment.samples.rescore_every}; all "
-            "rows are used anyway. Lower samples.fraction."
-        )
+    _check_samples(experiment)
 
 
 def _check_prompts(e: Experiment) -> None:
@@ -186,16 +198,11 @@ def _check_prompts(e: Experiment) -> None:
     wants = {"on_policy.fraction": e.on_policy.fraction != 0, "prompts.answers": bool(e.prompts.answers)}
     wants["eval.prompts"] = e.eval.prompts > 0
     wants["teacher.privileged"] = bool(e.teacher.privileged)
+    wants["pass_rates.weight"] = e.pass_rates.weight != "uniform"
     for name, wanted in wants.items():
         if wanted and not e.prompts.path:
             raise ValueError(f"prompts.path must name prompts, got ''; {name} is set and needs them. Set it.")
-    p = e.pass_rates
-    if p.every and (p.weight == "uniform" or p.estimator not in ("discounted", "tracker") or e.on_policy.fraction == 0):
-        raise ValueError(
-            "pass_rates.every must be 0 but with own answers, weights by them and an estimator over rounds, got "
-            f"{p.every} with on_policy.fraction={e.on_policy.fraction!r}, weight={p.weight!r}, "
-            f"estimator={p.estimator!r}. Set the last to 'discounted'."
-        )
+    _check_pass_rates(e)
     if e.teacher.source == "cache" and (wants["on_policy.fraction"] or wants["teacher.privileged"]):
         which = "on_policy.fraction" if wants["on_policy.fraction"] else "teacher.privileged"
         raise ValueError(
@@ -208,14 +215,76 @@ def _check_prompts(e: Experiment) -> None:
             "more than the student. Write {question} and {answer} into it."
         )
     _check_answers(e)
-    if e.prompts.path and (e.samples.fraction < 1 or e.cache.superset):
-        which, value = "samples.fraction", e.samples.fraction
-        if value == 1:
-            which, value = "cache.superset", e.cache.superset
+    if e.prompts.path and e.cache.superset:
         raise ValueError(
-            f"{which} must keep its default with prompts.path, got {value}; prompts have weights of their own, from "
-            "pass rates. Leave it out."
+            f"cache.superset must keep its default with prompts.path, got {e.cache.superset}; a cache of answers holds "
+            "all their positions. Leave it out."
         )
+
+
+def _check_samples(e: Experiment) -> None:
+    """There is one choice of the rows, and something is left to choose."""
+    s, p = e.samples, e.pass_rates
+    if s.rescore_every and s.fraction == 1:
+        raise ValueError(
+            f"samples.rescore_every must be 0 with samples.fraction=1, got {s.rescore_every}; all rows are used "
+            "anyway. Lower samples.fraction."
+        )
+    if s.rescore_every and e.on_policy.fraction == 1:
+        raise ValueError(
+            f"samples.rescore_every must be 0 with on_policy.fraction=1, got {s.rescore_every}; each block of own "
+            "answers is scored by the student that wrote it. Set it to 0."
+        )
+    others = {
+        "pass_rates.weight": (p.weight != "uniform", "'uniform'", p.weight, "both say what a prompt is worth"),
+        "pass_rates.normalise": (p.normalise == "sample", "'dataset_mean'", p.normalise, "both say which are used"),
+        "answers.rescore_every": (e.answers.rescore_every > 0, "0", e.answers.rescore_every, "both choose rows anew"),
+    }
+    for name, (wrong, needed, got, why) in others.items() if s.fraction < 1 else ():
+        if wrong:
+            raise ValueError(
+                f"{name} must be {needed} with samples.fraction below 1, got {got!r}; they are two policies of one "
+                f"axis: {why}. Set it so, or samples.fraction to 1."
+            )
+
+
+# weights that cannot follow the student -> why
+STANDING = {
+    "curriculum": "its order of the prompts is that of launch.curate",
+    "hard_filter": "the student may outgrow every prompt, and what is left out is not asked again",
+    "bayes": "it reads the counts of one round",
+}
+
+
+def _check_pass_rates(e: Experiment) -> None:
+    """What would be ignored, or could not go on, is not asked for."""
+    p = e.pass_rates
+    if p.weight == "curriculum" and p.normalise == "sample":
+        raise ValueError(
+            "pass_rates.normalise must not be 'sample' with pass_rates.weight='curriculum', got 'sample'; both say "
+            "which prompts are drawn. Set it to 'dataset_mean'."
+        )
+    if p.weight == "bayes" and p.estimator != "raw":
+        raise ValueError(
+            f"pass_rates.estimator must be 'raw' with pass_rates.weight='bayes', got {p.estimator!r}; the prior would "
+            "count twice. Set it to 'raw'."
+        )
+    if not p.every:
+        return
+    if p.weight in STANDING:
+        raise ValueError(
+            f"pass_rates.every must be 0 with pass_rates.weight={p.weight!r}, got {p.every}; {STANDING[p.weight]}. Set "
+            "it to 0, or pass_rates.weight to 'paced'."
+        )
+    if p.weight == "uniform" or p.estimator not in ("discounted", "tracker") or e.on_policy.fraction == 0:
+        raise ValueError(
+            "pass_rates.every must be 0 but with own answers, weights by them and an estimator over rounds, got "
+            f"{p.every} with on_policy.fraction={e.on_policy.fraction!r}, weight={p.weight!r}, "
+            f"estimator={p.estimator!r}. Set the last to 'discounted'."
+        )
+
+
+SCORED_POLICIES = ("group", "best", "weighted", "best_teacher")  # of answers, those that read answers.score
 
 
 def _check_answers(e: Experiment) -> None:
@@ -230,7 +299,7 @@ def _check_answers(e: Experiment) -> None:
         )
     if a.policy == "teacher" and not a.teacher:
         raise ValueError("answers.teacher must be set with answers.policy='teacher', got ''. Name one of the pool.")
-    if a.rescore_every and (e.prompts.answers != "pool" or a.policy not in ("group", "best", "best_teacher")):
+    if a.rescore_every and (e.prompts.answers != "pool" or a.policy not in SCORED_POLICIES):
         raise ValueError(
             "answers.rescore_every must be 0 unless answers are chosen from a pool by their score, got "
             f"{a.rescore_every} with prompts.answers={e.prompts.answers!r} and answers.policy={a.policy!r}. Set "

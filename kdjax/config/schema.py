@@ -89,10 +89,12 @@ class Classes:
 class Samples:
     """Which rows of the training text are used (`kdjax/curation/samples.py`, `launch.curate`)."""
 
-    fraction: float = 1.0  # of the rows, those with the highest score; 1 = all, no score is needed
+    # of the rows, those with the highest score; 1 = all, no score is needed. Of own answers each block is scored by the
+    # student that writes it, for which it asks 1 / fraction times as many prompts (kdjax/run/own_samples.py)
+    fraction: float = 1.0
     score: str = "student_entropy"  # of the untrained student | kl | ce_ratio | random
     positions: float = 1.0  # a score is the mean over this random share of a row's positions
-    rescore_every: int = 0  # steps after which the rows are chosen anew by the student as it is then; 0 = never
+    rescore_every: int = 0  # steps after which given rows are chosen anew by the student as it is then; 0 = never
     seed: int = 0  # of random scores and random positions
 
 
@@ -142,6 +144,7 @@ class OnPolicy:
     """Training on the student's own answers to the prompts (`kdjax/run/own_answers.py`)."""
 
     fraction: ScheduleSpec = 0.0  # share of the steps that do (lambda of GKD), drawn step by step; of the update number
+    terms: tuple = ()  # what they minimise, as loss.terms, which is then of the other steps; () = the same
     block: int = 1  # steps whose answers one student writes at once; the last are block - 1 own steps old
     reuse: int = 1  # how often each answer is trained on
     truncated: str = "keep"  # keep | drop: answers that reached generation.new_tokens
@@ -170,8 +173,9 @@ class Answers:
     """Which teacher's verified answer to a question is trained on, with prompts.answers "pool" (`curation/answers`)."""
 
     pool: tuple[str, ...] = ()  # *.jsonl of a teacher or with a "teacher" column | directories of these, of rollouts
-    policy: str = "group"  # group | best | random | all | shortest | longest | strongest | teacher | best_teacher | mix
-    # group, best: what an answer costs the student (curation/answers/scores.py) | best_teacher: teacher_scores.py there
+    # group | best | weighted | random | all | shortest | longest | strongest | teacher | best_teacher | mix
+    policy: str = "group"
+    # what an answer costs the student (curation/answers/scores.py) | with best_teacher: a teacher (teacher_scores.py)
     score: str = "scas"
     question_share: float = 0.5  # scas: lambda, the weight of the answer's part with the question
     groups: int = 5  # of cost, a question's answers are split into
@@ -179,7 +183,7 @@ class Answers:
     teacher: str = ""  # teacher: whose answers
     teacher_questions: int = 200  # best_teacher: for scores that need gradients, of so many questions at most
     families: tuple[str, ...] = ()  # teachers of the student's family, how their names begin; their share is reported
-    small_pool: str = "nearest"  # fewer answers than groups: nearest: the first that has one | official: no answer
+    small_pool: str = "nearest"  # if the group is empty: nearest: the one next to it that is not | official: no answer
     tap: str = ""  # scas: the activations; "" = of the last block's up-projection
     alignment: str = "token"  # scas: of activations: token: where it is read | predictor: where it is predicted
     trailing: str = "drop"  # what the template writes after an answer: drop | keep
@@ -191,7 +195,7 @@ class Answers:
     candidates: int = 0  # of each question so many are scored, drawn at random; 0 = all
     rescore_every: int = 0  # steps after which the student as it is then chooses anew; 0 = never
     restart: str = ""  # what begins anew with each choice: "" = nothing | optimiser | weights, and the optimiser
-    official: bool = False  # all that the released code does otherwise, at once
+    official: bool = False  # what the released code does otherwise, at once (curation/answers/released.py)
     seed: int = 42  # of the draws
 
 
@@ -221,6 +225,8 @@ class Loss:
     akl_mu: float = 0.5  # akl: the probability mass that the head holds at most, in (0, 1)
     dkd_beta: float = 8.0  # dkd: weight of the divergence among the entries other than the label
     udkd_gate: str = "unc"  # udkd: of the label's part: unc | teacher_entropy | student_entropy | kl | reverse_kl
+    taid_start: float = 0.4  # taid: the teacher's share in the target at the first update, in [0, 1]; 1 at the end
+    taid_rate: float = 5e-4  # taid: how fast the share may run ahead of the line between; 0 = it stays on it
     reduction: str = "token"  # token: mean over slots | sample: mean over rows of the row means
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from kdjax import config
 
 Counts = Float[np.ndarray, "N"]
+Weigh = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def batch_mean(weights: Float[np.ndarray, "B"], real: np.ndarray) -> Float[np.ndarray, "B"]:
@@ -21,19 +22,13 @@ def batch_mean(weights: Float[np.ndarray, "B"], real: np.ndarray) -> Float[np.nd
     return kept * (real.sum() / total) if total > 0 else kept
 
 
-def weigh_batch(settings: config.PassRates) -> Callable[[np.ndarray], np.ndarray] | None:
-    """(weights of the rows of a whole batch) -> those that they have in it; None = the same."""
-    if settings.normalise != "batch_mean":
-        return None
-    return lambda weights: batch_mean(weights, np.ones(len(weights), bool))
+def weigh_batch(settings: config.PassRates) -> Weigh | None:
+    """(weights [B] of the rows of a whole batch, whether each has a target) -> those that they have in it.
 
-
-def draw(weights: Counts, size: int, seed: int) -> Int[np.ndarray, "S"]:
-    """int64 [size]: indices drawn with replacement in proportion to the weights, for rows that then weigh 1 each.
-
-    The expected gradient is that of `mean_one`; no forward pass is spent on a small weight.
+    None = the same. A row without a target, such as an answer that was dropped, is not in the loss's count of rows
+    either.
     """
-    return np.random.default_rng(seed).choice(len(weights), size, p=weights / weights.sum())
+    return batch_mean if settings.normalise == "batch_mean" else None
 
 
 def easiest_first(a: Counts, n: Counts) -> Int[np.ndarray, "N"]:
@@ -51,7 +46,8 @@ def choose_rows(
 ) -> Callable[[int], np.ndarray] | None:
     """(number of a batch) -> int64 [size], its rows; None = all rows in turn.
 
-    normalise "sample": drawn in proportion to `weight`, as `draw` does. weight "curriculum": drawn among those of the
+    normalise "sample": drawn with replacement in proportion to `weight`, to weigh 1 each: the expected gradient is that
+    of weights of mean 1, and no forward pass is spent on a small one. weight "curriculum": drawn among those of the
     lowest `rank`, whose share of all grows with the `steps` (`paced_fraction`).
     """
     if settings.normalise == "sample":

@@ -9,6 +9,7 @@ Beside each <name>.jsonl is <name>.manifest.json with what it depends on. Answer
 where they stopped; what follows from them is a matter of milliseconds and always made anew.
 """
 
+import collections
 import dataclasses
 import hashlib
 import inspect
@@ -20,10 +21,11 @@ from typing import Any
 
 from kdjax import config, registry, verifiers
 from kdjax.curation.paced import Weights, weigh, write_weights
-from kdjax.curation.pass_rates import FORMAT, PassRates, count, merge, write_pass_rates
+from kdjax.curation.pass_rates import FORMAT, PassRates, after, count, merge, write_pass_rates
 from kdjax.data.prompts import Prompt, fingerprint
 from kdjax.generation.store import FAILED, Rollout, read_manifest, read_rollouts
 from kdjax.run_log import cut_off_last_line, read_lines, write_whole
+from kdjax.verifiers import Finding, Verdict
 
 ROLLOUTS, VERIFIED = "rollouts", "verified"
 OWN = ("seed", "samples")  # of what answers depend on: may differ between runs whose counts are added up
@@ -59,10 +61,11 @@ def curate(
     notes = _failures(rollouts)
     basis = basis_of(depends, prompts, default_verifier)
     checked = verify(workdir, prompts, rollouts, basis, default_verifier)
-    rates = count([prompt.id for prompt in prompts], rollouts, checked, basis, int(depends.get("seed", 0)))
-    rates = merge([rates, *added])
+    verdicts = {key: str(found.verdict) for key, found in checked.items()}
+    rates = count([prompt.id for prompt in prompts], rollouts, verdicts, basis, int(depends.get("seed", 0)))
+    rates = after(earlier, merge([rates, *added]))
     manifest = write_pass_rates(workdir, rates)
-    weights = weigh([*earlier, rates], settings)
+    weights = weigh([rates], settings, _commonest(checked.values()))
     write_weights(workdir, weights, {"pass_rates": manifest["sha256"], "settings": dataclasses.asdict(settings)})
     tokens = sum(len(rollout.tokens or ()) for rollout in rollouts)
     return Curated(rates, weights, manifest["sha256"], tokens, (*notes, *weights.notes))
@@ -79,8 +82,8 @@ def verify(
     rollouts: Iterable[Rollout],
     basis: Mapping[str, Any],
     default_verifier: str,
-) -> dict[tuple[str, int], str]:
-    """(id, sample) -> verdict of the answers, and <workdir>/verified.jsonl with them; those that failed have none.
+) -> dict[tuple[str, int], Finding]:
+    """(id, sample) -> what is found of the answers, as in <workdir>/verified.jsonl; those that failed have none.
 
     Goes on where it was killed. Verdicts on another basis are not kept, nor that of an answer that is another one now.
     """
@@ -89,26 +92,26 @@ def verify(
     path, manifest = workdir / f"{VERIFIED}.jsonl", workdir / f"{VERIFIED}.manifest.json"
     known = _known(path, manifest, basis)
     answers = [rollout for rollout in rollouts if rollout.finish != FAILED and rollout.id in by_id]
-    found: dict[tuple[str, int], str] = {}
+    found: dict[tuple[str, int], Finding] = {}
     with open(path, "a", encoding="utf-8") as file:
         for rollout in answers:
             digest = hashlib.blake2b(rollout.response.encode(), digest_size=8).hexdigest()
-            verdict = known.get((*rollout.key, digest))
-            if verdict is None:
+            said = known.get((*rollout.key, digest))
+            if said is None:
                 said = judges[rollout.id](rollout.response, by_id[rollout.id])
                 line = {"id": rollout.id, "sample": rollout.sample, "verdict": str(said.verdict)}
                 line |= {"extracted": said.extracted, "reason": said.reason, "of": digest}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
-                verdict = str(said.verdict)
-            found[rollout.key] = verdict
+            found[rollout.key] = said
     return found
 
 
 def basis_of(depends: Mapping[str, Any], prompts: Sequence[Prompt], default_verifier: str) -> dict[str, Any]:
-    """What verdicts and pass rates depend on besides the seed: what the rollouts do, the prompts, and who judges."""
+    """What verdicts and pass rates depend on besides the seed: what the rollouts do, the prompts, who judges, how."""
     basis = {name: value for name, value in depends.items() if name not in OWN}
     basis |= {"verifier": _code(_judges(prompts, default_verifier).values()), "default_verifier": default_verifier}
+    basis["abilities"] = verifiers.abilities()  # without them verifiers are undecided
     return json.loads(json.dumps(basis | {"prompts": fingerprint(prompts)}))  # tuples as JSON has them
 
 
@@ -134,8 +137,14 @@ def _judges(prompts: Sequence[Prompt], default: str) -> dict[str, verifiers.Veri
     return found
 
 
-def _known(path: Path, manifest: Path, basis: Mapping[str, Any]) -> dict[tuple[str, int, str], str]:
-    """(id, sample, digest of the response) -> verdict of the file that is there, if it is of `basis`.
+def _commonest(findings: Iterable[Finding]) -> str:
+    """The commonest reason for which nothing could be decided; "" if all was."""
+    reasons = collections.Counter(found.reason for found in findings if found.verdict == Verdict.UNDECIDED)
+    return reasons.most_common(1)[0][0] if reasons else ""
+
+
+def _known(path: Path, manifest: Path, basis: Mapping[str, Any]) -> dict[tuple[str, int, str], Finding]:
+    """(id, sample, digest of the response) -> what was found by the file that is there, if it is of `basis`.
 
     Otherwise the file is emptied. A last line that a kill cut off is removed.
     """
@@ -150,7 +159,10 @@ def _known(path: Path, manifest: Path, basis: Mapping[str, Any]) -> dict[tuple[s
         return {}
     if path.is_file():
         cut_off_last_line(path)
-    return {(line["id"], line["sample"], line["of"]): line["verdict"] for line in read_lines(path)}
+    return {
+        (line["id"], line["sample"], line["of"]): Finding(Verdict(line["verdict"]), line["extracted"], line["reason"])
+        for line in read_lines(path)
+    }
 
 
 def _answers(folder: Path, prompts: Sequence[Prompt]) -> tuple[list[Rollout], Mapping[str, Any]]:

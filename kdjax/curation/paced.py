@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Float
 
 from kdjax import config, registry
-from kdjax.curation.pass_rates import PassRates, differences, estimate, read_lines, write_lines
+from kdjax.curation.pass_rates import NAME as RATES
+from kdjax.curation.pass_rates import PassRates, differences, estimate, load_pass_rates, read_lines, write_lines
 
 NAME = "weights"
 FEW = 4  # answers per problem: fewer make the weights coarse
@@ -142,7 +143,7 @@ WEIGHTS: dict[str, Callable[[Counts, Counts, config.PassRates], Counts]] = {
     "paced": paced,
     "bayes": bayes,
     "uniform": uniform,
-    "curriculum": uniform,  # but the easiest first, see `choose_rows`
+    "curriculum": uniform,  # but the easiest first, see `batches.choose_rows`
     "hard_filter": hard_filter,
     "easy": easy,
     "hard": hard,
@@ -151,11 +152,12 @@ WEIGHTS: dict[str, Callable[[Counts, Counts, config.PassRates], Counts]] = {
 }
 
 
-def weigh(rounds: Sequence[PassRates], settings: config.PassRates) -> Weights:
+def weigh(rounds: Sequence[PassRates], settings: config.PassRates, undecided: str = "") -> Weights:
     """The weights of the problems by `pass_rates.weight`, from their pass rates; rounds: the newest last.
 
-    Problems of which no answer could be judged have the weight 0 and are not in the mean, except under 'uniform', which
-    does not ask. Raises ValueError if no problem has a weight, unless pass_rates.fallback='uniform'.
+    undecided: why most of the answers that could not be judged could not. Problems of which no answer could be judged
+    have the weight 0 and are not in the mean, except under 'uniform', which does not ask. Raises ValueError if no
+    problem has a weight, unless pass_rates.fallback='uniform'.
     """
     a, n = estimate(rounds, settings)
     rates = rounds[-1]
@@ -165,7 +167,7 @@ def weigh(rounds: Sequence[PassRates], settings: config.PassRates) -> Weights:
     if measured.any():
         found[measured] = of(a[measured], n[measured], settings)
     if not found.any():
-        notes.append(_nothing_left(rates, settings))
+        notes.append(_nothing_left(rates, settings, undecided))
         found[:] = measured if measured.any() else 1.0
     if settings.weight == "shuffled":
         found[measured] = shuffled(found[measured], [rates.ids[i] for i in np.flatnonzero(measured)], settings.seed)
@@ -180,15 +182,20 @@ def weigh(rounds: Sequence[PassRates], settings: config.PassRates) -> Weights:
     return Weights(rates.ids, rates.right, rates.tried, weight, settings.normalise, said, tuple(notes))
 
 
-def _nothing_left(rates: PassRates, settings: config.PassRates) -> str:
+def _nothing_left(rates: PassRates, settings: config.PassRates, undecided: str) -> str:
     """What to say if all weights are 0 and pass_rates.fallback takes all problems alike; else ValueError."""
     never, always = (rates.right == 0) & (rates.tried > 0), (rates.right == rates.tried) & (rates.tried > 0)
     counts = f"{never.sum()} are never solved, {always.sum()} always, {(rates.tried == 0).sum()} could not be judged"
+    if undecided:
+        counts += f" (most often: {undecided})"
     if settings.fallback == "uniform":
         return f"no problem has a {settings.weight!r} weight, so all weigh the same (pass_rates.fallback): {counts}"
+    mend = "Raise generation.samples, set prompts.path to problems of other difficulty"
+    if not rates.tried.any():
+        mend = "See to what keeps them from being judged, set prompts.verifier to another one"
     raise ValueError(
         f"pass_rates.weight={settings.weight!r} must leave problems to train on, got none of {len(rates)}: {counts}. "
-        "Raise generation.samples, set prompts.path to problems of other difficulty, or pass_rates.fallback='uniform'."
+        f"{mend}, or pass_rates.fallback='uniform'."
     )
 
 
@@ -336,6 +343,30 @@ def load_weights(directory: Path, settings: config.PassRates | None = None) -> W
             "Run launch.curate again, or undo these changes."
         )
     return found
+
+
+def rates_of_weights(directory: Path, depends: Mapping[str, Any], seed: int) -> PassRates:
+    """The pass rates that the weights in `directory` were made of, if they are of this experiment.
+
+    depends: what its answers depend on, as in the basis of the pass rates; what it does not name may differ. seed: of
+    answers that were counted. Raises ValueError that names what differs, or if the weights are of other pass rates.
+    """
+    made_of = read_lines(directory, NAME)[1].get("basis", {})
+    rates = load_pass_rates(directory)
+    if made_of.get("pass_rates") != read_lines(directory, RATES)[1]["sha256"]:
+        raise ValueError(
+            f"{directory / NAME}.jsonl must be made of the pass rates beside it, got weights of others; a run of "
+            "launch.curate was stopped between the two. Run it again."
+        )
+    differing = differences({name: rates.basis.get(name) for name in depends}, depends)
+    if seed not in rates.seeds:
+        differing.append(f"generation.seed is {', '.join(map(str, rates.seeds))} there and {seed} here")
+    if differing:
+        raise ValueError(
+            f"{directory} must hold weights by the pass rates of this student on these prompts, got others: "
+            f"{'; '.join(differing)}. Run launch.curate in another --workdir, or undo these changes."
+        )
+    return rates
 
 
 def training_weights(directory: Path, ids: Sequence[str], settings: config.PassRates) -> Float[np.ndarray, "N"]:

@@ -1,9 +1,9 @@
 """Pass rates: of each problem, how many of a student's answers were right; integers, with what they depend on.
 
-`pass_rates.jsonl` has one object per problem: {"id", "right", "tried", "undecided", "truncated"}. Beside it
-`pass_rates.manifest.json` says whose rates these are (`PassRates.basis`, `seeds`) and which bytes belong to it. A rate
-is never stored as a float: bounds and corrections stay exact. Equal questions are one problem, `data.load_prompts` sees
-to it before anything is asked.
+`pass_rates.jsonl` has one object per problem: {"id", "right", "tried", "undecided", "truncated"}, with earlier rounds
+also "before", their [right, tried]. Beside it `pass_rates.manifest.json` says whose rates these are (`PassRates.basis`,
+`seeds`) and which bytes belong to it. A rate is never stored as a float: bounds and corrections stay exact. Equal
+questions are one problem, `data.load_prompts` sees to it before anything is asked.
 """
 
 import dataclasses
@@ -33,6 +33,7 @@ class PassRates:
     right <= tried: int64 [N], answers that were verified as right, and as right or wrong. undecided: int64 [N], those
     that ended by themselves and that the verifier could not judge; they count nowhere else. truncated: int64 [N],
     answers that reached the length limit. basis: what the counts depend on, by name, besides the seeds of the answers.
+    before: (right, tried) of the student as it was in earlier rounds, oldest first.
     """
 
     ids: tuple[str, ...]
@@ -42,6 +43,7 @@ class PassRates:
     truncated: np.ndarray
     basis: Mapping[str, Any]
     seeds: tuple[int, ...]
+    before: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -56,7 +58,9 @@ class PassRates:
                 f"{without[0]!r}. Run launch.curate again with these prompts."
             )
         index = np.array([place[name] for name in ids], np.int64)
-        return dataclasses.replace(self, ids=tuple(ids), **{name: getattr(self, name)[index] for name in COUNTS})
+        before = tuple((right[index], tried[index]) for right, tried in self.before)
+        columns = {name: getattr(self, name)[index] for name in COUNTS}
+        return dataclasses.replace(self, ids=tuple(ids), before=before, **columns)
 
 
 def count(
@@ -73,7 +77,7 @@ def count(
     Raises ValueError for an answer to no prompt, without a verdict, or that is there twice.
     """
     place = {name: at for at, name in enumerate(ids)}
-    columns = {name: np.zeros(len(ids), np.int64) for name in COUNTS}
+    columns: dict[str, Any] = {name: np.zeros(len(ids), np.int64) for name in COUNTS}
     seen: set[tuple[str, int]] = set()
     for rollout in rollouts:
         key = rollout.key
@@ -122,6 +126,23 @@ def merge(runs: Sequence[PassRates]) -> PassRates:
     return dataclasses.replace(first, **columns, seeds=tuple(sorted(seeds)))
 
 
+def after(earlier: Sequence[PassRates], rates: PassRates) -> PassRates:
+    """`rates` with the rounds before them, oldest first, which take the place of those that they had.
+
+    Raises ValueError if they are of other problems.
+    """
+    _require_same_problems([*earlier, rates])
+    return dataclasses.replace(rates, before=tuple((each.right, each.tried) for each in earlier))
+
+
+def _require_same_problems(rounds: Sequence[PassRates]) -> None:
+    if not rounds or not len(rounds[-1]) or any(other.ids != rounds[-1].ids for other in rounds):
+        raise ValueError(
+            f"rounds must be pass rates of the same problems, got {len(rounds)} of differing ones or none. Estimate "
+            "them on the same prompts."
+        )
+
+
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
     """'sampling.temperature is 0.7 there and 1.0 here' for everything that differs; long digests are cut."""
     found = []
@@ -139,6 +160,7 @@ def write_pass_rates(directory: Path, rates: PassRates, made: Mapping[str, Any] 
     """Write the counts and their manifest, which is returned. made: how they came about, for people."""
     lines = [
         {"id": name, **{column: int(getattr(rates, column)[at]) for column in COUNTS}}
+        | ({"before": [[int(right[at]), int(tried[at])] for right, tried in rates.before]} if rates.before else {})
         for at, name in enumerate(rates.ids)
     ]
     said = {"basis": dict(rates.basis), "seeds": list(rates.seeds), "made": dict(made or {})}
@@ -151,7 +173,9 @@ def load_pass_rates(directory: Path) -> PassRates:
     try:
         columns = {name: np.array([line[name] for line in lines], np.int64) for name in COUNTS}
         ids = tuple(line["id"] for line in lines)
-        rates = PassRates(ids, **columns, basis=manifest["basis"], seeds=tuple(manifest["seeds"]))
+        rounds = zip(*(line.get("before", []) for line in lines), strict=True)
+        before = tuple((right, tried) for right, tried in (np.array(each, np.int64).T for each in rounds))
+        rates = PassRates(ids, **columns, basis=manifest["basis"], seeds=tuple(manifest["seeds"]), before=before)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{directory / NAME}.jsonl must hold pass rates, got other lines; {error!r}.") from error
     wrong = (rates.right < 0) | (rates.right > rates.tried)
@@ -248,13 +272,10 @@ ESTIMATORS: dict[str, Callable[[Rounds, config.PassRates], Believed]] = {
 def estimate(rounds: Sequence[PassRates], settings: config.PassRates) -> Believed:
     """(successes, trials), float64 [N], by pass_rates.estimator; rounds: of the same problems, the newest last.
 
-    Trials are 0 where nothing that the estimator looks at was tried.
+    What is `before` the first of them comes first. Trials are 0 where nothing that the estimator looks at was tried.
     """
     estimator = registry.lookup(ESTIMATORS, settings.estimator, "pass_rates.estimator")
-    if not rounds or not len(rounds[-1]) or any(other.ids != rounds[-1].ids for other in rounds):
-        raise ValueError(
-            f"rounds must be pass rates of the same problems, got {len(rounds)} of differing ones or none. Estimate "
-            "them on the same prompts."
-        )
-    right, tried = (np.stack([getattr(each, name) for each in rounds]) for name in ("right", "tried"))
+    _require_same_problems(rounds)
+    counts = [*rounds[0].before, *((each.right, each.tried) for each in rounds)]
+    right, tried = (np.stack(column) for column in zip(*counts, strict=True))
     return estimator((right, tried), settings)

@@ -9,7 +9,7 @@ To add one: what it reads and its formula, as a line in SCORES.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from kdjax import config, registry
 from kdjax.data import Rows, heldout_batches, to_batch
 from kdjax.data.packing import eligible as eligible_on_host
+from kdjax.data.pipeline import Columns
 from kdjax.selection.policies.base import budget, eligible_count, exact, sortable, take
 from kdjax.selection.signals import CERTAIN, position_noise
 from kdjax.selection.stats import NEEDS_TEACHER, token_stats
@@ -33,7 +34,7 @@ RANDOM_SCORE, RANDOM_POSITIONS = 3, 4  # purposes of noise; 1 and 2 are those of
 
 ScoreStep = Callable[[Params, Params, Batch], Array]
 OnBatch = Callable[[int, int], None]
-Scorer = Callable[..., np.ndarray]  # (student_params, teacher_params, rows, on_batch=None) -> scores, float64 [R]
+Scorer = Callable[..., np.ndarray]  # (student_params, teacher_params, rows, on_batch=None, text={}) -> float64 [R]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,17 +72,18 @@ def make_scorer(
     rules: Rules = Rules(),
     batch_size: int = 8,
 ) -> Scorer:
-    """scorer(student_params, teacher_params, rows, on_batch=None) -> `samples.score` of each row, float64 [R].
+    """scorer(student_params, teacher_params, rows, on_batch=None, text={}) -> `samples.score` of each row, float64 [R].
 
     Compiled once. Without an eligible position a row scores -inf. The numbers are rounded to float32, as they are
     stored. batch_size: rows a call over all devices, a multiple of their number; the last batch is filled up with empty
-    rows. on_batch(rows done, tokens done) is called as batches come back. Batch size, order of the rows and mesh change
-    a score by the rounding of the models' dtype alone. Raises ValueError for an unknown score, one that needs an absent
-    teacher, a batch size that does not divide, and for rows whose score is not finite.
+    rows. on_batch(rows done, tokens done) is called as batches come back. text: the columns of `types.TeacherText`, row
+    by row, if the teacher reads another prompt. Batch size, order of the rows and mesh change a score by the rounding
+    of the models' dtype alone. Raises ValueError for an unknown score, one that needs an absent teacher, a batch size
+    that does not divide, and for rows whose score is not finite.
     """
     score = registry.lookup(SCORES, samples.score, "samples.score")
     if not score.needs:
-        return lambda student_params, teacher_params, rows, on_batch=None: _random_scores(rows, samples.seed)
+        return lambda student_params, teacher_params, rows, *_, **__: _random_scores(rows, samples.seed)
     parts = rules.batch_shards
     if batch_size < 1 or batch_size % parts:
         raise ValueError(
@@ -92,12 +94,17 @@ def make_scorer(
     feed = feed_of(teacher if score.needs_teacher else None)
 
     def scorer(
-        student_params: Params, teacher_params: Params, rows: Rows, on_batch: OnBatch | None = None
+        student_params: Params,
+        teacher_params: Params,
+        rows: Rows,
+        on_batch: OnBatch | None = None,
+        text: Mapping[str, np.ndarray] = {},
     ) -> np.ndarray:
         if not len(rows):
             raise ValueError("rows must not be empty; there is nothing to score.")
         tokens = np.cumsum((rows.segment_ids > 0).sum(1))
-        batches = (feed(to_batch(columns, rules)) for columns in heldout_batches(rows, batch_size))
+        seen = text if score.needs_teacher else {}
+        batches = (feed(to_batch(columns, rules)) for columns in _batches(rows, seen, batch_size))
         found = []
         for pair in _in_order(step, student_params, teacher_params, batches):
             found.append(pair)
@@ -205,6 +212,16 @@ def spearman(first: Float[np.ndarray, "R"], second: Float[np.ndarray, "R"]) -> f
     x, y = _mean_ranks(first), _mean_ranks(second)
     varied = len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0
     return float(np.corrcoef(x, y)[0, 1]) if varied else math.nan
+
+
+def _batches(rows: Rows, text: Mapping[str, np.ndarray], size: int) -> Iterator[Columns]:
+    """Batches of exactly `size` rows, in order, with what the teacher reads in their place; the last is filled up."""
+    for number, columns in enumerate(heldout_batches(rows, size)):
+        if text:
+            parts = {name: column[number * size : (number + 1) * size] for name, column in text.items()}
+            empty = {name: ((0, size - len(part)), (0, 0)) for name, part in parts.items()}
+            columns["teacher"] = {name: np.pad(part, empty[name]) for name, part in parts.items()}
+        yield columns
 
 
 def _in_order(step: ScoreStep, student_params: Params, teacher_params: Params, batches: Iterator[Batch]) -> Any:

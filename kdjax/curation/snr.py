@@ -133,15 +133,14 @@ def snr_by_bin(
     gradients: Float[np.ndarray, "R D"],
     bins: Sequence[str],
     *,
-    per_bin: int = 0,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> list[BinSnr]:
     """The figures of each bin, in the order in which bins first appear; 95 % intervals over its problems.
 
-    bins: [R], the name of each problem's. per_bin: at most so many problems of each, drawn by `seed`, so that all are
-    equally certain; 0 = all. A problem that a resample draws twice is not paired with itself: that would count its
-    noise as signal.
+    bins: [R], the name of each problem's; they may differ in size, which biases neither signal nor noise and shows in
+    the intervals. A problem that a resample draws twice is not paired with itself: that would count its noise as
+    signal.
     """
     if len(bins) != len(gradients):
         raise ValueError(f"bins must name one bin per gradient, got {len(bins)} for {len(gradients)}.")
@@ -149,8 +148,6 @@ def snr_by_bin(
     found, names = [], np.array(bins)
     for name in dict.fromkeys(bins):
         members = np.flatnonzero(names == name)
-        if per_bin and len(members) > per_bin:
-            members = np.sort(rng.choice(members, per_bin, replace=False))
         n = len(members)
         gram = gradients[members] @ gradients[members].T
         draws = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples)])

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdjax.data.prompts import Prompt, question_of
+from kdjax.data.prompts import Prompt, messages, question_of
 
 ROLLOUTS = "rollouts.jsonl"
 SUFFIXES = ("_teacher_responses_evaluated", "_teacher_responses", "_student_train")  # of released names of files
@@ -43,7 +43,11 @@ class PoolFile:
 
 @dataclasses.dataclass(frozen=True)
 class PoolRow:
-    """What a line says. text: "" = no answer, `failed` says why. cut_off: it reached the length limit."""
+    """What a line says. text: "" = no answer, `failed` says why. cut_off: it reached the length limit.
+
+    teacher: "" = the line gives a blank name. named: does the line give a name? else it is the file's. asks: of a
+    rollout `question_digest` of the question, "" = not known.
+    """
 
     id: str
     teacher: str
@@ -54,6 +58,8 @@ class PoolRow:
     meta: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cut_off: bool = False
     failed: str = ""
+    named: bool = True
+    asks: str = ""
 
 
 def pool_files(paths: Sequence[str], where: str = "answers.pool") -> tuple[PoolFile, ...]:
@@ -156,6 +162,11 @@ def read_questions(path: str, where: str = "prompts.path") -> list[Prompt]:
     return list(asked.values())
 
 
+def asked_by(prompt: Prompt, instruction: str = "") -> str:
+    """What its last turn asks, up to blanks and the form of characters, without the instruction at its end."""
+    return question_of(Prompt("", messages(prompt)[-1]["content"]), instruction)
+
+
 def canonical(name: str) -> str:
     """A question's id as JSON: questions are taken in the order of these texts."""
     return json.dumps(name, ensure_ascii=False)
@@ -186,9 +197,11 @@ def _released(row: Mapping[str, Any], file: PoolFile) -> PoolRow:
     if not question.strip():
         raise ValueError('the field "instruction" is ' + ("empty" if "instruction" in row else "missing"))
     meta = {"category": texts["category"], "dataset": texts["dataset"] or texts["source_dataset"]}
+    names = [texts[name] for name in ("teacher_name", "teacher") if row.get(name) is not None]
     return PoolRow(
         id=_id(row),
-        teacher=texts["teacher_name"] or texts["teacher"] or file.teacher,
+        teacher=next((name for name in names if name.strip()), "") if names else file.teacher,
+        named=bool(names),
         text=one if one.strip() else other if other.strip() else "",
         question=question,
         system=texts["system"],
@@ -203,10 +216,10 @@ def _rollout(row: Mapping[str, Any], file: PoolFile) -> PoolRow:
         raise ValueError(f'the field "finish" must be stop, length or failed, got {finish!r:.40}')
     if not isinstance(row.get("response"), str):
         raise ValueError(f'the field "response" must be a text, got {row.get("response")!r:.40}')
-    texts = _texts(row, "response", "reason")
+    texts = _texts(row, "response", "reason", "asks")
     failed = (texts["reason"] or "it failed") if finish == "failed" else ""
     text = "" if failed or not texts["response"].strip() else texts["response"]
-    return PoolRow(_id(row), file.teacher, text, cut_off=finish == "length", failed=failed)
+    return PoolRow(_id(row), file.teacher, text, cut_off=finish == "length", failed=failed, asks=texts["asks"])
 
 
 def _id(row: Mapping[str, Any]) -> str:

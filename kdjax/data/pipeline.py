@@ -38,7 +38,7 @@ def train_iterator(
     fed: np.ndarray | None = None,
     teacher: TeacherColumns | None = None,
     choose: Callable[[int], np.ndarray] | None = None,
-    weigh: Callable[[np.ndarray], np.ndarray] | None = None,
+    weigh: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> grain.DatasetIterator[Columns]:
     """Batches without end; every epoch holds each row once, in a new order that depends on `seed` and `phase` alone.
 
@@ -46,8 +46,8 @@ def train_iterator(
     already; it is all that a resumed run needs to know. fed: the places in the global batch whose rows are wanted here
     (`fed_places`), None = all; which row has which place depends on neither processes nor devices. phase: counts the
     choices of rows. teacher: reads what a cache holds for the rows; it runs, like the rest, in threads ahead of the
-    step. choose: (number of the batch, from 0) -> its rows, instead of all of them in turn. weigh: weights of the rows
-    of a whole batch -> those that they have in it.
+    step. choose: (number of the batch, from 0) -> its rows, instead of all of them in turn. weigh: (weights of the rows
+    of a whole batch, whether each has a target) -> those that they have in it.
     """
     import grain
 
@@ -60,6 +60,7 @@ def train_iterator(
     name = f"shuffle {seed}" + (f" phase {phase}" if phase else "")
     digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
     order = grain.MapDataset.range(len(rows)).shuffle(seed=int.from_bytes(digest, "little")).repeat(None)
+    real = np.asarray(eligible(rows).any(1))
 
     def batch(step: int) -> Columns:
         if choose is None:
@@ -70,7 +71,7 @@ def train_iterator(
             index = choose(step)
             epoch = np.full(batch_size, step)
         if weigh is not None or choose is not None:
-            weight = rows.weight[index] if weigh is None else weigh(rows.weight[index])
+            weight = rows.weight[index] if weigh is None else weigh(rows.weight[index], real[index])
             index, epoch, weight = index[places], epoch[places], weight[places]
         else:
             weight = rows.weight[index]

@@ -94,6 +94,11 @@ def fingerprint(prompts: Iterable[Prompt]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def question_digest(prompt: Prompt, instruction: str = "") -> str:
+    """16 hex digits of what is asked, up to blanks and the form of characters, without the instruction at its end."""
+    return _digest(question_of(prompt, instruction)).hex()[:16]
+
+
 def messages(prompt: Prompt) -> list[dict[str, str]]:
     """The prompt as a chat: its messages, or its question as the turn of a user."""
     if isinstance(prompt.prompt, str):

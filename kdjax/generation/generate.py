@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kdjax import config, registry
-from kdjax.data.prompts import Prompt, fingerprint, messages
+from kdjax.data.prompts import Prompt, fingerprint, messages, question_digest
 from kdjax.data.responses import prompt_ids
 from kdjax.data.styles import STYLES, scripted
 from kdjax.generation import served
@@ -48,17 +48,20 @@ def generate(
     depends: Mapping[str, Any],
     made: Mapping[str, Any],
     on_progress: Callable[[int, int, float], None] = lambda done, total, rate: None,
+    instruction: str = "",
 ) -> Summary:
     """Answers number 0 .. samples - 1 to every prompt in `directory`; those that are there and did not fail stay.
 
     depends: what the answers depend on, see `identity`; another directory's is refused. on_progress(answers that are
-    there, all, tokens per second). Raises ValueError as `open_store` does, and for several greedy samples.
+    there, all, tokens per second). instruction: prompts.instruction, with which each question ends.
+    Raises ValueError as `open_store` does, and for several greedy samples.
     """
     if samples > 1 and depends.get("temperature") == 0:
         raise ValueError(
             f"generation.samples must be 1 with generation.temperature=0, got {samples}; all answers to a prompt would "
             "be the same. Set --samples=1, or a temperature."
         )
+    asks = {prompt.id: question_digest(prompt, instruction) for prompt in prompts}
     total, start, added, tokens = len(prompts) * samples, time.perf_counter(), 0, 0
     with open_store(directory, depends, made) as store:
         missing = [
@@ -70,7 +73,7 @@ def generate(
 
         def on_answer(rollout: Rollout, count: int) -> None:
             nonlocal added, tokens
-            store.append(rollout)
+            store.append(dataclasses.replace(rollout, asks=asks[rollout.id]))
             added, tokens = added + 1, tokens + count
             on_progress(total - len(missing) + added, total, tokens / (time.perf_counter() - start))
 

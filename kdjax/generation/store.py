@@ -2,7 +2,7 @@
 
 A line: {"id": of the prompt, "sample": its number, "response": text, "tokens": [ids] (not of a served model), "logp":
 sum over them in nats or null, "finish": "stop" | "length" | "failed", "reason": why it failed, "chosen", "top": see
-`kdjax/generation/logprobs.py`}. Lines are only ever appended, in the order in which answers come.
+`kdjax/generation/logprobs.py`, "asks": digest of the question}. Lines are only ever appended, as answers come.
 A failed sample is tried again at the next start and then has a second line; the later one counts.
 manifest.json: "depends", what the answers depend on, and "made", how they came about. After a kill at any moment
 what is in the file is whole but for the last line, which is cut off when the file is opened again.
@@ -23,14 +23,15 @@ FORMAT = 1
 ROLLOUTS, MANIFEST = "rollouts.jsonl", "manifest.json"
 STOP, LENGTH, FAILED = "stop", "length", "failed"
 FINISHES = (STOP, LENGTH, FAILED)
-OPTIONAL = ("tokens", "reason", "chosen", "top")  # left out of a line where they say nothing
+OPTIONAL = ("tokens", "reason", "chosen", "top", "asks")  # left out of a line where they say nothing
 
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
     """One answer to one prompt; the fields are those of a line of `rollouts.jsonl`.
 
-    finish: stop: it ended by itself; length: it was cut off; failed: there is none, and `reason` says why.
+    finish: stop: it ended by itself; length: it was cut off; failed: there is none, and `reason` says why. asks:
+    `data.prompts.question_digest` of the question, "" = not known: what an id means is the prompts' affair.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Rollout:
     reason: str = ""
     chosen: tuple[Any, ...] | None = None
     top: tuple[Any, ...] | None = None
+    asks: str = ""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -180,6 +182,7 @@ def _parse(record: Mapping[str, Any], where: str) -> Rollout:
         "response": lambda v: isinstance(v, str),
         "finish": lambda v: v in FINISHES,
         "logp": lambda v: v is None or isinstance(v, (int, float)),
+        "asks": lambda v: v is None or isinstance(v, str),
         "tokens": lambda v: v is None or (isinstance(v, list) and all(type(token) is int for token in v)),
     }
     for name, does in right.items():

@@ -3,6 +3,7 @@
 A block is `on_policy.block` steps' worth of answers, written at once by the student of that moment, each row used
 `on_policy.reuse` times. Which step is an own one, which prompts a block has and every draw depend on seeds and the step
 alone, and a block is on disk before it is used: a run that goes on after a kill writes no answer of its past again.
+With samples.fraction below 1 a block asks for more answers than it trains on (own_samples.py).
 """
 
 import dataclasses
@@ -11,7 +12,6 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,21 +22,23 @@ from kdjax.config import Experiment, fingerprint
 from kdjax.curation.batches import weigh_batch
 from kdjax.curation.paced import weigh
 from kdjax.curation.pass_rates import PassRates
-from kdjax.data import Rows, fed_places, heldout_batches, to_batch
+from kdjax.data import Rows, fed_places, heldout_batches, take, to_batch
 from kdjax.data.pipeline import Columns
 from kdjax.data.responses import answer_rows
 from kdjax.evals.heldout import make_eval_step
 from kdjax.generation.batching import STOP, rollouts
 from kdjax.generation.sampling import Sampling
+from kdjax.run.own_samples import ScoreBlock, best, kept_figures, make_score_block
 from kdjax.run_log import write_whole
-from kdjax.schedules import make_schedule
+from kdjax.schedules import own_steps
+from kdjax.selection.policies.base import enough_for
 from kdjax.sharding import Rules
 from kdjax.types import Params
 from kdjax.verifiers import Verdict, verify
 
 log = logging.getLogger("kdjax")
 
-SEEDS = 1_000_003  # blocks of one generation.seed do not meet those of another
+SEEDS = 1_000_003  # blocks of one generation.seed meet neither those of another nor the rollouts of launch.curate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +54,13 @@ class Answer:
 Writer = Callable[[Params, Sequence[int], int], Sequence[Answer]]  # (student, numbers of prompts, seed) -> answers
 Judge = Callable[[Params, Rows, Mapping[str, np.ndarray]], Mapping[str, float]]  # figures of rows, by both models
 
-# figure -> (how it may change against the first block's before it is an alarm, what it says)
+# figure -> (how it may be against the first block's, and in the first block itself, without an alarm, what that says)
 ALARMS: dict[str, tuple[Callable[[float, float], bool], str]] = {
-    "rollout_tokens": (lambda now, first: now > 0.25 * first, "answers became four times shorter"),
-    "rollout_truncated": (lambda now, first: now < max(0.9, first + 0.05), "answers no longer end by themselves"),
+    "rollout_tokens": (lambda now, first: now > 0.25 * first, "answers are empty or became four times shorter"),
+    "rollout_truncated": (
+        lambda now, first: now < min(max(0.9, first + 0.05), 0.99),
+        "answers do not end by themselves (see generation.new_tokens and generation.stop)",
+    ),
     "rollout_distinct": (lambda now, first: now > 0.5 * first, "answers repeat the same pairs of tokens"),
     "rollout_entropy": (lambda now, first: now > 0.1 * first, "the student has nearly stopped to vary its answers"),
     "rollout_teacher_nll": (lambda now, first: now < 2 * first + 1, "the teacher gives these answers little mass"),
@@ -70,10 +75,17 @@ class OwnAnswers:
     """The own steps of a run and their batches; one block is in memory at a time."""
 
     def __init__(
-        self, e: Experiment, asked: Asked, workdir: Path, write: Writer, judge: Judge | None, rules: Rules = Rules()
+        self,
+        e: Experiment,
+        asked: Asked,
+        workdir: Path,
+        write: Writer,
+        judge: Judge | None,
+        rules: Rules = Rules(),
+        score: ScoreBlock | None = None,
     ) -> None:
         self._e, self._asked, self._folder = e, asked, workdir / "own_answers"
-        self._write, self._judge = write, judge
+        self._write, self._judge, self._score = write, judge, score
         self._fed = fed_places(rules, e.train.batch_size, e.train.accumulate)
         self._own = own_steps(self._e.on_policy.fraction, self._e.train.steps, self._e.train.seed)
         self._round: tuple[int, Asked] | None = None
@@ -108,7 +120,7 @@ class OwnAnswers:
             if self._e.pass_rates.every:
                 figures["rollout_effective_prompts"] = _effective(asked.weight)
         else:
-            answers, figures, began = found
+            answers, figures, began, kept = found
         keep = np.array([bool(a.tokens) and (a.finished or o.truncated == "keep") for a in answers])
         rows, text = answer_rows(
             [
@@ -127,8 +139,13 @@ class OwnAnswers:
         if found is None:
             if self._judge is not None:
                 figures |= self._judge(params, rows, text)
-            self._store(number, step, prompts, answers, verdicts, figures)
-        self._block = number, rows, text
+            kept = np.arange(len(rows))
+            if self._score is not None:
+                scores = self._score(params, rows, text, number)
+                kept = best(scores, o.block * self._e.train.batch_size)
+                figures |= kept_figures(scores, kept)
+            self._store(number, step, prompts, answers, verdicts, figures, kept)
+        self._block = number, take(rows, kept), {name: column[kept] for name, column in text.items()}
         if o.alarms != "off":
             self._alarm(number, figures)
         return figures if began == step else {}
@@ -143,12 +160,13 @@ class OwnAnswers:
         order = np.arange(o.block * size) if turn == 0 else _rng(self._e, 3, number, turn).permutation(o.block * size)
         whole = order[place * size : (place + 1) * size]
         weight, weigh = rows.weight[whole], weigh_batch(self._e.pass_rates)
-        weight = (weight if weigh is None else weigh(weight)).astype(np.float32)
+        if weigh is not None:
+            weight = weigh(weight, np.asarray(rows.loss_mask[whole].any(1)))
         index = whole[self._fed]
         columns: Columns = {
             name: getattr(rows, name)[index] for name in ("tokens", "segment_ids", "positions", "loss_mask", "row_id")
         }
-        columns["weight"] = weight[self._fed]
+        columns["weight"] = weight[self._fed].astype(np.float32)
         columns["epoch"] = np.full(len(index), self._own_before(step), np.int32)
         if text:
             columns["teacher"] = {name: column[index] for name, column in text.items()}
@@ -167,7 +185,8 @@ class OwnAnswers:
         choose = self._asked_at(number).choice(e, np.arange(len(self._asked.train)), own)
         if choose is not None:
             return [int(at) for step in range(first, first + e.on_policy.block) for at in choose(step)]
-        size, count = self._e.on_policy.block * self._e.train.batch_size, len(self._asked.train)
+        count = len(self._asked.train)
+        size = enough_for(e.on_policy.block * e.train.batch_size, e.samples.fraction)
         places = range(number * size, (number + 1) * size)
         orders = {epoch: _rng(self._e, 2, epoch).permutation(count) for epoch in {at // count for at in places}}
         return [int(orders[at // count][at % count]) for at in places]
@@ -225,8 +244,10 @@ class OwnAnswers:
         answers: Sequence[Answer],
         verdicts: Sequence[str] | None,
         figures: Mapping[str, float],
+        kept: np.ndarray,
     ) -> None:
         head = {"block": number, "step": step, "of": self._identity(prompts), "figures": dict(figures)}
+        head |= {"kept": kept.tolist()} if self._score is not None else {}  # places among the lines below
         said: Sequence[str | None] = verdicts or [None] * len(prompts)
         lines = [head] + [
             {"id": self._asked.train[prompt].id, "verdict": verdict} | dataclasses.asdict(answer)
@@ -236,8 +257,11 @@ class OwnAnswers:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_whole(self._path(number), "".join(json.dumps(line) + "\n" for line in lines))
 
-    def _read(self, number: int, step: int) -> tuple[list[Answer], dict[str, float], int] | None:
-        """What is on disk of this block; None if another run wrote it, or this one at a later step."""
+    def _read(self, number: int, step: int) -> tuple[list[Answer], dict[str, float], int, np.ndarray] | None:
+        """What is on disk of this block; None if another run wrote it, or this one at a later step.
+
+        Answers, figures, the step that it begins with, and the places of the answers that are trained on.
+        """
         head, *lines = map(json.loads, self._path(number).read_text(encoding="utf-8").splitlines())
         if head.get("of") != self._identity(self._prompts(number)) or head["step"] > step:
             return None
@@ -245,19 +269,17 @@ class OwnAnswers:
         answers = [
             Answer(**({name: line[name] for name in fields} | {"tokens": tuple(line["tokens"])})) for line in lines
         ]
-        return answers, head["figures"], head["step"]
+        return answers, head["figures"], head["step"], np.array(head.get("kept", range(len(answers))), np.int64)
 
     def _alarm(self, number: int, figures: Mapping[str, float]) -> None:
-        if number == 0:
-            return
-        with open(self._path(0), encoding="utf-8") as file:
-            first = json.loads(file.readline())["figures"]
+        first = figures
+        if number:
+            with open(self._path(0), encoding="utf-8") as file:
+                first = json.loads(file.readline())["figures"]
         for name, (healthy, says) in ALARMS.items():
             if name in figures and name in first and not healthy(figures[name], first[name]):
-                text = (
-                    f"{says}: {name} was {first[name]:.3g} in the first block and is {figures[name]:.3g} in block "
-                    f"{number} ({self._path(number)})."
-                )
+                before = f", in the first block it was {first[name]:.3g}" if number else ""
+                text = f"{says}: {name} is {figures[name]:.3g} in block {number} ({self._path(number)}){before}."
                 if self._e.on_policy.alarms == "stop":
                     raise Collapse(
                         text + " The last checkpoint stands. Lower optim.learning_rate or on_policy.fraction, or set "
@@ -272,7 +294,7 @@ def own_answers(built: Built, workdir: Path) -> OwnAnswers | None:
     if asked is None or e.on_policy.fraction == 0:
         return None
     judge = None if e.on_policy.alarms == "off" else _judge(built)
-    return OwnAnswers(e, asked, workdir, _writer(built, asked), judge, built.rules)
+    return OwnAnswers(e, asked, workdir, _writer(built, asked), judge, built.rules, make_score_block(built))
 
 
 def _writer(built: Built, asked: Asked) -> Writer:
@@ -290,7 +312,7 @@ def _writer(built: Built, asked: Asked) -> Writer:
             settings,
             new_tokens=g.new_tokens,
             names=[asked.train[prompt].id for prompt in unique],
-            seed=SEEDS * g.seed + seed,
+            seed=SEEDS * (g.seed + 1) + seed,
             stop=g.stop,
             batch_size=g.batch_size,
         )
@@ -327,16 +349,6 @@ def _judge(built: Built) -> Judge | None:
         return {f"rollout_{name}": sums[name] / sums["count"] for name in ("teacher_nll", "kl")}
 
     return judge
-
-
-def own_steps(fraction: Any, steps: int, seed: int) -> np.ndarray:
-    """bool [steps]: which steps train on the student's own answers, each with probability `fraction` of its update.
-
-    One draw a step, as in GKD (Agarwal et al., arXiv 2306.13649, algorithm 1); the draws of a longer run begin alike.
-    """
-    schedule = make_schedule(fraction, "on_policy.fraction")
-    share = np.array([float(schedule(update)) for update in range(steps)])
-    return np.random.default_rng([seed, 1]).random(steps) < share
 
 
 def _rng(e: Experiment, *purpose: int) -> np.random.Generator:

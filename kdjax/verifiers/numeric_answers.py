@@ -40,6 +40,7 @@ _ASSERTS = re.compile(
 _ENDS = re.compile(r"\s*(?:[^\W\d]+[\u00b2\u00b3]?\s*){0,2}[.!,;:)\"'*\]]*\s*$")
 _SHORT = 8  # words: a line that is no longer may lack its full stop, and was not cut off
 _EQUALS = re.compile(r"(?<![!<>≠])=|≈|\bequals?\b", re.IGNORECASE)
+_SUM = re.compile(r"\s*-?\d+(?:\.\d+)?(?:\s*[-+*/]\s*\d+(?:\.\d+)?)+\s*[.!]?\s*")
 _ITEM = re.compile(r"^\s*(\d+)[.)]\s+(?=\S)", re.MULTILINE)
 
 
@@ -113,7 +114,7 @@ def _closing(part: str, whole: bool) -> tuple[list[Number], bool]:
     """
     equal = _after_equals(part)
     if equal is not None:
-        return _leading(equal), True
+        return _worked_out(part[: -len(equal)], equal) or _leading(equal), True
     found = [number for number in numbers(part) if not number.negated]
     free = [number for number in found if not number.joined]
     if not free:
@@ -147,6 +148,33 @@ def _after_equals(span: str) -> str | None:
     equals = [match.end() for match in _EQUALS.finditer(span) if found and match.end() <= found[-1]]
     # not an item of a list: "= - 5" is negative
     return re.sub(r"^\s*-\s+(?=[\d.])", "-", span[equals[-1] :]) if equals else None
+
+
+def _worked_out(before: str, span: str) -> list[Number]:
+    """Of "66 = 11 + 55", `span` being what follows "=", the number before it, if that is the value; else []."""
+    value = _value(span)
+    bare = [number for number in numbers(before) if not (number.joined or number.negated or number.percent)]
+    return [one for one in bare[-1:] if one.values == (value,) and not _EQUALS.sub("", before[one.end :]).strip()]
+
+
+def _value(span: str) -> Fraction | None:
+    """What plain numbers between + - * / come to; None of anything else."""
+    if not _SUM.fullmatch(span):
+        return None
+    span = span.strip(" \t.!")
+    first, *rest = re.split(r"\s*([-+*/])\s*", f"0{span}" if span.startswith("-") else span)
+    total, term = Fraction(0), Fraction(first)
+    for sign, digits in zip(rest[::2], rest[1::2], strict=True):
+        number = Fraction(digits)
+        if sign in "+-":
+            total, term = total + term, number if sign == "+" else -number
+        elif sign == "*":
+            term *= number
+        elif number:
+            term /= number
+        else:
+            return None
+    return total + term
 
 
 def _is_tolerance(value: Any) -> bool:

@@ -1,5 +1,6 @@
 """The page of a study: what it shows, that it needs nothing else, that nothing from outside is live in it."""
 
+import dataclasses
 import re
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from kdjax.analysis import study_page, study_table
 from kdjax.analysis.study import default_study, from_study_config
 from kdjax.analysis.study_stats import Mean
+from kdjax.config import Data, Eval, OnPolicy, Prompts
 from tests.analysis.html_page import Page
 
 EVIL = "<script>alert('x')</script>\"&<img src=x onerror=alert(1)>"
@@ -64,6 +66,24 @@ def test_well_formed_self_contained_and_escaped(text):
     assert [tag for tag, _ in page.elements].count("script") == 1, "only our own"
     assert EVIL not in text
     assert "".join(page.texts).count(EVIL) >= 4, "all of it is there, as text"
+
+
+def test_the_lead_says_what_is_trained_on_and_judged():
+    made, judged = study(), " Judged on the same 4,000 held-out tokens"
+    for answers, fraction, prompts, lead in [
+        ("", 0.0, 0, f"covers 51,200 tokens of text.{judged}."),
+        ("", 1.0, 9, f"covers 800 answers to prompts of arith.{judged} of text, and on answers to 9 held-out prompts."),
+        ("gold", 0.5, 0, f"covers 800 answers to prompts of arith.{judged} of text."),
+        ("", 0.5, 0, f"covers 800 rows, text of text and answers to prompts of arith.{judged} of text."),
+    ]:
+        fields = {
+            "data": Data(path="text", seq_len=64),
+            "prompts": Prompts(path="arith", answers=answers),
+            "on_policy": OnPolicy(fraction=fraction),
+            "eval": Eval(prompts=prompts),
+        }
+        of = dataclasses.replace(made, base=dataclasses.replace(made.base, **fields), equal_time=False)
+        assert lead in study_page._lead(of, [record("dense", 0, 300.0)])
 
 
 def test_both_themes_have_a_colour_for_each_arm(text):

@@ -1,7 +1,9 @@
 """From rollouts to weights: the files, what a kill leaves, what is made anew and what is refused."""
 
+import dataclasses
 import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -9,11 +11,12 @@ import pytest
 from kdjax import verifiers
 from kdjax.config import PassRates as Settings
 from kdjax.curation import chain
-from kdjax.curation.paced import load_weights, training_weights
-from kdjax.curation.pass_rates import load_pass_rates
+from kdjax.curation.paced import load_weights, rates_of_weights, training_weights, weigh
+from kdjax.curation.pass_rates import load_pass_rates, write_pass_rates
 from kdjax.data.prompts import Prompt
 from kdjax.generation.store import Rollout, open_store
 from kdjax.verifiers import Finding, Verdict
+from kdjax.verifiers.code_tests import ALLOWED
 
 PROMPTS = [Prompt(name, f"What is {name}?", name) for name in ("1", "2", "3", "4")]
 SAID = {"1": "1111", "2": "1212", "3": "?133", "4": "0000"}  # four answers to each
@@ -157,6 +160,42 @@ def test_verdicts_on_something_else_are_not_kept(tmp_path, judged, monkeypatch, 
     assert judged == []
 
 
+def test_verdicts_without_an_ability_are_made_anew_once_it_is_there(tmp_path, judged, monkeypatch):
+    def able(response, prompt):
+        judged.append(prompt.id)
+        if os.environ.get(ALLOWED) != "1":
+            return Finding(Verdict.UNDECIDED, response, "code is off" if prompt.id != "1" else "once")
+        return Finding(Verdict.RIGHT if response == prompt.answer else Verdict.WRONG, response)
+
+    monkeypatch.setitem(verifiers.VERIFIERS, "same", able)
+    monkeypatch.delenv(ALLOWED, raising=False)
+    answer(tmp_path)
+    for asked in (16, 0):  # what is known keeps its reason
+        judged.clear()
+        message = r"0 are never solved, 0 always, 4 could not be judged \(most often: code is off\)\. See to what"
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path)
+        assert len(judged) == asked
+    monkeypatch.setenv(ALLOWED, "1")
+    assert run(tmp_path).rates.right.tolist() == [4, 2, 2, 0]
+
+
+def test_weights_are_of_the_pass_rates_of_this_experiment(tmp_path, judged):
+    answer(tmp_path)
+    found = run(tmp_path)
+    depends = {"temperature": 1.0, "default_verifier": "same"}
+    assert rates_of_weights(tmp_path, depends, 5).right.tolist() == found.rates.right.tolist()
+    message = (
+        r"by the pass rates of this student on these prompts, got others: temperature is 1\.0 there and 0\.3 here; "
+        r"generation\.seed is 5 there and 6 here\. Run launch\.curate in another --workdir"
+    )
+    with pytest.raises(ValueError, match=message):
+        rates_of_weights(tmp_path, depends | {"temperature": 0.3}, 6)
+    write_pass_rates(tmp_path, dataclasses.replace(found.rates, right=found.rates.tried))
+    with pytest.raises(ValueError, match=r"must be made of the pass rates beside it, got weights of others"):
+        rates_of_weights(tmp_path, depends, 5)
+
+
 def test_training_takes_the_weights_of_its_own_prompts_and_settings(tmp_path, judged):
     answer(tmp_path)
     settings = Settings(weight="paced", normalise="none")
@@ -191,6 +230,13 @@ def test_pass_rates_of_another_seed_are_added_and_earlier_ones_discounted(tmp_pa
     later = run(tmp_path / "b", earlier=[first], settings=settings)
     a, n = (0.5 * 1 + 4) * 0.5 + 4, (0.5 * 2 + 4) * 0.5 + 4
     assert later.weights.weight[0] == pytest.approx(a / n)
+    # Training, which estimates anew, finds the earlier rounds in the files; each is in them once.
+    for rates in (load_pass_rates(tmp_path / "b"), run(tmp_path / "b", earlier=[first], settings=settings).rates):
+        (right, tried) = rates.of(["2", "1"]).before[0]
+        assert (right.tolist(), tried.tolist()) == (first.right[[1, 0]].tolist(), first.tried[[1, 0]].tolist())
+        np.testing.assert_array_equal(weigh([rates], settings).weight, later.weights.weight)
+    run(tmp_path / "b", settings=settings)
+    assert load_pass_rates(tmp_path / "b").before == ()
 
 
 def test_what_is_missing_is_said(tmp_path, judged):

@@ -15,7 +15,6 @@ from kdjax.build import build_chooser, build_objective
 from kdjax.config import Loss
 from kdjax.config import Selection as SelectionConfig
 from kdjax.curation import batches, paced
-from kdjax.curation.batches import draw
 from kdjax.curation.paced import effective_sample, kernel, mean_one, weigh
 from kdjax.curation.pass_rates import PassRates
 from kdjax.curation.snr import efficiency
@@ -171,11 +170,13 @@ def test_v12_rows_that_only_fill_the_batch_change_nothing(small, supervised):
 def test_v13_drawing_in_proportion_has_the_same_mean():
     w = kernel(np.array([0, 1, 4, 7, 8, 2.0]), np.full(6, 8.0), 1, 1)
     gradients = np.random.default_rng(0).normal(size=(6, 3))
-    drawn = gradients[draw(w, 100_000, seed=1)]
-    want = np.mean(mean_one(w)[:, None] * gradients, 0)
+    choose = batches.choose_rows(w, None, Settings(normalise="sample"), size=1000, seed=1, steps=100)
+    rows = np.concatenate([choose(step) for step in range(100)])
+    drawn, want = gradients[rows], np.mean(mean_one(w)[:, None] * gradients, 0)
     assert (np.abs(drawn.mean(0) - want) < 3 * drawn.std(0) / np.sqrt(100_000)).all()
-    assert not np.isin(draw(w, 1000, seed=2), [0, 4]).any()
-    np.testing.assert_array_equal(draw(w, 50, seed=3), draw(w, 50, seed=3))
+    assert not np.isin(rows, [0, 4]).any()
+    np.testing.assert_array_equal(choose(7), rows[7000:8000])
+    assert (choose(7) != choose(8)).any()
 
 
 @pytest.mark.parametrize(("delta", "bound"), [(0.1, 0.990066), (0.25, 0.940015), (0.5, 0.786448), (1.0, 0.419974)])

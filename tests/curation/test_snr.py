@@ -179,21 +179,21 @@ def test_a_resample_does_not_take_the_noise_of_one_problem_for_signal():
     assert high < 500 / 20, "which is what a problem paired with itself would bring"
 
 
-def test_bins_of_equal_size_and_bins_that_are_too_small():
+def test_bins_of_other_sizes_and_bins_that_are_too_small():
     gradients = np.random.default_rng(3).normal(size=(12, 4))
     bins = ["b"] * 8 + ["a"] * 3 + ["c"]
-    found = snr.snr_by_bin(gradients, bins, per_bin=3)
-    assert [(each.name, each.problems) for each in found] == [("b", 3), ("a", 3), ("c", 1)]
+    found = snr.snr_by_bin(gradients, bins)
+    assert [(each.name, each.problems) for each in found] == [("b", 8), ("a", 3), ("c", 1)]
     assert np.isnan(found[2].signal).all()
-    assert np.isfinite(found[0].snr[0])
-    assert np.isnan(found[0].snr[1:]).all(), "no interval from three problems"
-    again = snr.snr_by_bin(gradients, bins, per_bin=3)
+    assert np.isfinite(found[0].snr).all()
+    assert np.isfinite(found[1].snr[0])
+    assert np.isnan(found[1].snr[1:]).all(), "no interval from three problems"
+    again = snr.snr_by_bin(gradients, bins)
     np.testing.assert_equal([each.snr for each in again], [each.snr for each in found])
     assert [line["snr"] for line in snr.lines_of(found)][2] == [None, None, None]
-    assert np.isfinite(snr.snr_by_bin(gradients, bins)[0].snr).all()
     json.dumps([*snr.lines_of(found)], allow_nan=False)
     text = snr.table(found)
-    assert [line.split()[:2] for line in text[1:]] == [["b", "3"], ["a", "3"], ["c", "1"]]
+    assert [line.split()[:2] for line in text[1:]] == [["b", "8"], ["a", "3"], ["c", "1"]]
     with pytest.raises(ValueError, match=r"bins must name one bin per gradient, got 2 for 12"):
         snr.snr_by_bin(gradients, ["a", "b"])
 

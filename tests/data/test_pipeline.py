@@ -106,25 +106,26 @@ SPLITS = {
 
 def test_rows_of_a_batch_may_be_chosen_and_weighed_as_a_whole():
     rows = some_rows(6)
-    rows = dataclasses.replace(rows, weight=np.arange(1, 7, dtype=np.float32))
+    mask = rows.loss_mask & (rows.row_id != 5)[:, None]  # row 5 has no target
+    rows = dataclasses.replace(rows, weight=np.arange(1, 7, dtype=np.float32), loss_mask=mask)
     settings = {
         "choose": lambda step: np.array([step % 6, 5, 5, 0]),
-        "weigh": lambda weights: weights / weights.mean(),
+        "weigh": lambda weights, real: weights * real / weights[real].mean(),
     }
     whole = some_batches(train_iterator(rows, 4, 0, **settings), 3)
     for step, batch in enumerate(whole):
         assert batch["row_id"].tolist() == [step, 5, 5, 0]
         assert batch["tokens"][:, 0].tolist() == [10 * step + 1, 51, 51, 1]
         assert batch["epoch"].tolist() == [step] * 4
-        weights = np.float32([step + 1, 6, 6, 1])
-        np.testing.assert_allclose(batch["weight"], weights / weights.mean(), rtol=1e-6)
+        np.testing.assert_allclose(batch["weight"], np.array([step + 1, 0, 0, 1]) / (step / 2 + 1), rtol=1e-6)
     assert_same(whole[1:], some_batches(train_iterator(rows, 4, 0, start=1, **settings), 2))
     part = some_batches(train_iterator(rows, 4, 0, fed=np.array([1, 3]), **settings), 3)
     assert_same(part, [{name: column[[1, 3]] for name, column in batch.items()} for batch in whole])
     plain = some_batches(train_iterator(rows, 4, 0, weigh=settings["weigh"]), 3)
     for batch, same in zip(plain, some_batches(train_iterator(rows, 4, 0), 3), strict=True):
         assert batch["row_id"].tolist() == same["row_id"].tolist()
-        np.testing.assert_allclose(batch["weight"], same["weight"] / same["weight"].mean(), rtol=1e-6)
+        weights = same["weight"] * (same["row_id"] != 5)
+        np.testing.assert_allclose(batch["weight"], weights * (np.sum(weights > 0) / weights.sum()), rtol=1e-6)
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from kdjax import loop
 from kdjax.curation.paced import load_weights
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -113,7 +114,8 @@ def test_runs_of_one_student_may_share_its_answers(call, text, tmp_path):
     call("curate", *typed(tmp_path / "a", text, **shared))
     before = (tmp_path / "shared" / "rollouts.jsonl").read_bytes()
     assert before
-    call("curate", *typed(tmp_path / "b", text, pass_rates__weight="hard_filter", **shared))
+    shared |= {"pass_rates__weight": "hard_filter", "generation__samples": 2}
+    assert "\n4 answers a prompt, " in call("curate", *typed(tmp_path / "b", text, **shared))  # that are there
     assert (tmp_path / "shared" / "rollouts.jsonl").read_bytes() == before
     assert not (tmp_path / "b" / "rollouts").exists()
     a, b = ((tmp_path / name / "pass_rates.jsonl").read_bytes() for name in "ab")
@@ -128,6 +130,42 @@ def test_another_seed_is_added_and_other_settings_of_the_answers_are_refused(cal
     assert "generation.seed 0, 1;" in out
     assert "--add" not in out.splitlines()[-1]
     assert [line.split()[0] for line in out.splitlines()[1:10]] == [f"{k}/8" for k in range(9)]
+
+
+def test_training_takes_the_weights_of_its_own_student_prompts_and_settings_alone(call, text, tmp_path, monkeypatch):
+    built = []
+    monkeypatch.setattr(loop, "run", lambda of, workdir: built.append(of) or loop.Outcome(0, True, None))
+    workdir = tmp_path / "a"
+    out = call("curate", *typed(workdir, text, prompts__instruction=" Now."))
+    assert out.endswith(", with prompts.answers or on_policy.fraction set: no answers are trained on yet\n")
+    shared = {"prompts__answers": workdir / "rollouts", "prompts__instruction": " Now."}
+    call("train", *typed(workdir, text, **shared))
+    by_id = load_weights(workdir).by_id()
+    assert [by_id[prompt.id] for prompt in built[0].asked.train] == pytest.approx(built[0].asked.weight.tolist())
+    for changes, message in [
+        ({"generation__temperature": 0.3}, r"got others: temperature is 1\.0 there and 0\.3 here\. Run launch\.curate"),
+        ({"generation__seed": 9}, r"got others: generation\.seed is 0 there and 9 here\. Run launch\.curate"),
+        ({"prompts__instruction": " Quick!"}, r"got others: prompts is \w{12} there and \w{12} here\. Run"),
+        ({"student__init__layers": 2}, r"^student\.\* must give the student whose pass rates there are, \w{12}, got"),
+        (
+            {"prompts__answers": ""},
+            r"^pass_rates\.weight must be 'uniform' without answers to prompts to train on, got",
+        ),
+        (
+            {"prompts__answers": "", "pass_rates__weight": "uniform", "teacher__privileged": "{question}{answer}"},
+            r"^teacher\.privileged must be '' without answers to prompts to train on, got '\{question\}",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call("train", *typed(workdir, text, **shared | changes))
+    assert len(built) == 1
+
+
+def test_misspelt_names_are_said_before_anything_is_asked(call, text, tmp_path):
+    for name, value in {"weight": "pacd", "estimator": "rau"}.items():
+        with pytest.raises(ValueError, match=rf"^pass_rates\.{name} must be a known name .*, got '{value}'"):
+            call("curate", *typed(tmp_path / "a", text, **{f"pass_rates__{name}": value}))
+    assert not (tmp_path / "a").exists()
 
 
 def test_gradients_are_measured_per_pass_rate(call, text, tmp_path):

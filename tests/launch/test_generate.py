@@ -17,8 +17,11 @@ from kdjax import config
 from kdjax.data.prompts import Prompt
 from kdjax.data.responses import prompt_ids
 from kdjax.generation import generate as generating
-from kdjax.generation.store import ROLLOUTS, read_manifest, read_rollouts
+from kdjax.generation.batching import Completion, Speaker
+from kdjax.generation.sampling import Sampling
+from kdjax.generation.store import ROLLOUTS, Rollout, read_manifest, read_rollouts
 from kdjax.models import synthetic
+from kdjax.sharding import Rules
 
 ROOT = pathlib.Path(__file__).parents[2]
 TURN = {"role": "user", "content": "Sure?"}
@@ -215,6 +218,27 @@ def test_a_server_is_shown_what_a_model_here_is(template):
         ids = prompt_ids(asked, tokenizer, chat_template=template, system_prompt="Be brief.")
         text = tokenizer.apply_chat_template(shown, add_generation_prompt=True, tokenize=False) if template else shown
         assert text == tokenizer.decode(ids)
+
+
+def test_a_model_is_asked_with_the_settings_of_generation(monkeypatch):
+    asks = []
+
+    def rollouts(model, ids, numbers, settings, **rest):
+        asks.append((ids, numbers, settings, rest))
+        yield 1, 4, Completion("so", (7, 8), -2.0, "stop")
+
+    monkeypatch.setattr(generating, "rollouts", rollouts)
+    prompts, said = [Prompt("a", "3 + 4?"), Prompt("b", "5?")], []
+    settings = config.Generation(
+        temperature=0.7, top_p=0.9, top_k=20, min_p=0.1, new_tokens=7, stop=("##",), batch_size=3, seed=5
+    )
+    speaker = Speaker(synthetic.config(), {}, {}, synthetic.make_tokenizer(), (2,), 259, Rules(), "float32")
+    source = generating.of_model(speaker, prompts, settings, config.Data())
+    source([(1, 4), (0, 0), (1, 2)], lambda answer, count: said.append((answer, count)))
+    ids = [prompt_ids(prompt, speaker.tokenizer) for prompt in prompts]
+    kept = {"new_tokens": 7, "names": ["a", "b"], "seed": 5, "stop": ("##",), "batch_size": 3}
+    assert asks == [(ids, [[0], [4, 2]], Sampling(temperature=0.7, top_p=0.9, top_k=20, min_p=0.1), kept)]
+    assert said == [(Rollout("b", 4, "so", "stop", -2.0, (7, 8)), 2)]
 
 
 def test_what_must_be_given(call, typed):

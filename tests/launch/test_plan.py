@@ -97,6 +97,11 @@ def test_what_own_answers_take(experiment):
     )
     (note,) = not_counted(e, found)
     assert "for every 3 steps on own answers" in note
+    kept = dataclasses.replace(e, samples=dataclasses.replace(e.samples, fraction=0.7))
+    more = generation_figures(kept, cfg)
+    assert more["own_answers_a_block"] == 18  # 12 of 0.7
+    assert more["own_tokens_a_block_at_most"] == 180
+    assert "for each answer of 18, and scores these (samples.fraction=0.7)." in not_counted(kept, more)[0]
     assert generation_figures(experiment, cfg) == {}
     assert not_counted(experiment, {}) == []
 

@@ -43,7 +43,8 @@ class Run:
         ]
 
     def start(self, **overrides: str) -> subprocess.Popen[str]:
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
         return subprocess.Popen(
             self.command(**overrides),
             cwd=ROOT,

@@ -1,6 +1,8 @@
 """A run on its own answers that was killed ends with the weights of one that was not, and asks nothing twice."""
 
 import json
+import signal
+import time
 
 import jax
 import numpy as np
@@ -25,44 +27,73 @@ FIELDS = {
 
 
 STORE = own_answers.OwnAnswers._store
+# Writes down every answer that it sees and never comes back from number HANGS_AT: there its block is not on disk.
+VERIFIER = """
+import os, pathlib, time
+from kdjax.verifiers import Finding, Verdict
+def judge(response, prompt):
+    with open(os.environ["JUDGED"], "a") as file:
+        file.write(prompt.id + chr(10))
+    while len(pathlib.Path(os.environ["JUDGED"]).read_text().splitlines()) == int(os.environ["HANGS_AT"]):
+        time.sleep(1)
+    return Finding(Verdict.WRONG)
+"""
 
 
-class Killed(BaseException):
-    """As sudden as a kill: nobody catches it."""
+def judged(folder):
+    path = folder / "judged"
+    return path.read_text().count("\n") if path.is_file() else 0
 
 
-def train(run, monkeypatch, kill_at=None):
-    """(what each block asked, final weights) of a run; (..., None) if it is killed while it writes block `kill_at`."""
-    experiment = run.experiment(**FIELDS)
+def train(run, monkeypatch, **fields):
+    """(what each block asked, final weights) of a run."""
+    experiment = run.experiment(**FIELDS | fields)
     loop.claim_workdir(run.workdir, experiment)
     asked = []
 
     def watched(self, number, *rest):
-        if number == kill_at:
-            raise Killed
         asked.append((number, tuple(answer.text for answer in rest[2])))
         STORE(self, number, *rest)
 
     monkeypatch.setattr(own_answers.OwnAnswers, "_store", watched)
     built = build(experiment, run.workdir)
-    try:
-        loop.run(built, run.workdir)
-    except Killed:
-        return asked, None
+    loop.run(built, run.workdir)
     state, step = loop.restore(built, run.workdir)
     assert step == 8
     return asked, [np.asarray(leaf) for leaf in jax.tree.leaves(state.params)]
 
 
-def test_killed_while_writing_a_block(make_run, monkeypatch):
-    calm, hurt = make_run("calm"), make_run("hurt")
-    asked, weights = train(calm, monkeypatch)
+def test_killed_in_the_midst_of_a_block(make_run, monkeypatch, tmp_path):
+    (tmp_path / "slow_verifier.py").write_text(VERIFIER)
+    questions = [{"id": str(i), "prompt": f"{i} + {i} = ?", "answer": str(2 * i)} for i in range(30)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in questions))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("JUDGED", str(tmp_path / "judged"))
+    monkeypatch.setenv("HANGS_AT", "0")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", str(jax.device_count()))  # as here: threads decide how sums are cut
+    fields = {"prompts__path": str(tmp_path / "prompts.jsonl"), "prompts__verifier": "slow_verifier:judge"}
+    calm, hurt, size = make_run("calm"), make_run("hurt"), 2 * 4
+    asked, weights = train(calm, monkeypatch, **fields)
     assert [number for number, _ in asked] == list(range(len(asked)))
     assert len(asked) >= 2
-    first, none = train(hurt, monkeypatch, kill_at=1)
-    assert none is None
-    rest, found = train(hurt, monkeypatch)
-    assert first + rest == asked
+    assert judged(tmp_path) == size * len(asked)
+    stopped = size * len(asked) + size + 3  # with three answers of the second block judged
+    monkeypatch.setenv("HANGS_AT", str(stopped))
+    process, end = hurt.start(**FIELDS | fields), time.monotonic() + 300
+    while process.poll() is None and judged(tmp_path) < stopped and time.monotonic() < end:
+        time.sleep(0.05)
+    process.kill()  # SIGKILL
+    _, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, err
+    assert judged(tmp_path) == stopped, err
+    monkeypatch.setenv("HANGS_AT", "0")
+    (whole,) = (hurt.workdir / "own_answers").iterdir()
+    first = whole.read_bytes()
+    rest, found = train(hurt, monkeypatch, **fields)
+    assert rest == asked[1:]
+    assert judged(tmp_path) - stopped == size * len(rest)
+    assert whole.read_bytes() == first
     for left, right in zip(weights, found, strict=True):
         np.testing.assert_array_equal(left, right)
     lines = [json.loads(line) for line in (hurt.workdir / "metrics.jsonl").read_text().splitlines()]

@@ -1,16 +1,26 @@
 """The student's own answers: which steps, which prompts, what is kept, and what a resumed run finds."""
 
 import dataclasses
+import re
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax.build import Asked
-from kdjax.config import Experiment
-from kdjax.curation.pass_rates import PassRates
+from configs import paced
+from kdjax.build import Asked, Built, build_objective
+from kdjax.config import Experiment, Generation, from_config_dict
+from kdjax.curation.pass_rates import PassRates, after
 from kdjax.data.prompts import Prompt
+from kdjax.generation.batching import Completion
+from kdjax.generation.sampling import Sampling
+from kdjax.run import own_answers
 from kdjax.run.own_answers import Answer, Collapse, OwnAnswers, own_steps
+from kdjax.sharding import Rules
+from kdjax.step import LanguageModel
+from kdjax.types import Head
 
 PROMPTS = tuple(Prompt(f"p{i}", f"What is {i}?", str(i), "numeric") for i in range(5))
 
@@ -84,6 +94,18 @@ def test_the_share_of_own_steps_is_lambda_and_a_longer_run_begins_alike():
     assert own_steps(1.0, 50, 0).all()
     assert not own_steps(0.0, 50, 0).any()
     np.testing.assert_array_equal(own_steps(("step", 0.0, 1.0, 6.0), 12, 0), np.arange(12) >= 6)
+
+
+@pytest.mark.parametrize("steps", [40, 101])
+def test_the_stages_of_paced_are_halves_whatever_the_steps(steps):
+    config = paced.get_config()
+    config.train.steps = steps
+    e = from_config_dict(config)
+    second = np.arange(steps) >= steps // 2
+    np.testing.assert_array_equal(own_steps(e.on_policy.fraction, steps, 0), second)
+    weights = build_objective(e.loss, e.train.steps).weights
+    for at in (0, steps // 2 - 1, steps // 2, steps - 1):
+        assert [float(weights[name](at)) for name in ("forward_kl", "reverse_kl")] == [1 - second[at], second[at]]
 
 
 def test_every_epoch_asks_every_prompt_once(tmp_path):
@@ -187,7 +209,7 @@ def repeating(length):
     ("later", "judged", "says"),
     [
         (Student(length=1), 1.0, "four times shorter"),
-        (Student(length=4, finished=False), 1.0, "no longer end by themselves"),
+        (Student(length=4, finished=False), 1.0, "do not end by themselves"),
         (repeating(5), 1.0, "repeat the same pairs"),
         (Student(length=4, logp=-0.001), 1.0, "stopped to vary"),
         (Student(length=4), 4.0, "gives these answers little mass"),
@@ -208,12 +230,30 @@ def test_a_collapse_is_said_and_can_stop_the_run(tmp_path, caplog, later, judged
     assert not caplog.records
 
 
+@pytest.mark.parametrize(
+    ("student", "says"),
+    [
+        (Student(finished=False), r"do not end by themselves .*: rollout_truncated is 1 in block 0 \("),
+        (Student(length=0), r"answers are empty or .*: rollout_tokens is 0 in block 0 \("),
+    ],
+)
+def test_answers_that_are_bad_from_the_start_are_said_in_the_first_block(tmp_path, caplog, student, says):
+    with caplog.at_level("WARNING", logger="kdjax"):
+        own(tmp_path, student).load(1, None)
+    assert [re.search(says, record.getMessage()) is not None for record in caplog.records] == [True]
+    with pytest.raises(Collapse, match=says):
+        own(tmp_path, student, alarms="stop").load(1, None)
+    own(tmp_path, student, alarms="off").load(1, None)
+    with pytest.raises(Collapse, match=r"in block 1 \(.*\), in the first block it was"):
+        own(tmp_path, student, alarms="stop").load(2, None)
+
+
 def test_prompts_drawn_by_their_weights_weigh_the_same(tmp_path):
     student = Student()
-    answers = own(tmp_path, student, steps=400, block=400, batch=5, pass_rates={"normalise": "sample"})
+    answers = own(tmp_path, student, steps=80, block=80, batch=5, pass_rates={"normalise": "sample"})
     answers.load(1, None)
     counts = np.bincount(student.calls[0][1], minlength=5)
-    expected = 2000 * asked().weight / asked().weight.sum()
+    expected = 400 * asked().weight / asked().weight.sum()
     assert np.sum((counts - expected) ** 2 / expected) < 18.5  # chi-square, 4 degrees of freedom, 0.1 %
 
 
@@ -229,6 +269,23 @@ def test_weights_of_a_batch_may_have_mean_one(tmp_path):
     plain = drive(own(tmp_path / "a", Student()), [1])[1]["weight"]
     mean_one = drive(own(tmp_path / "b", Student(), pass_rates={"normalise": "batch_mean"}), [1])[1]["weight"]
     np.testing.assert_allclose(mean_one, plain / plain.mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [{"finished": False}, {"tokens": ()}])
+def test_dropped_and_empty_answers_are_not_in_the_mean_weight_of_a_batch(tmp_path, bad):
+    def student(params, prompts, seed):
+        calls.append(prompts)
+        made = Student()(params, prompts, seed)
+        return [dataclasses.replace(a, **bad) if p in (1, 3) else a for p, a in zip(prompts, made, strict=True)]
+
+    calls = []
+    fields = {"batch": 5, "truncated": "drop", "pass_rates": {"normalise": "batch_mean"}}
+    columns = drive(own(tmp_path, student, **fields), [1])[1]
+    real = ~np.isin(calls[0], (1, 3))
+    assert real.sum() == 3
+    want = np.where(real, asked().weight[calls[0]], 0)
+    np.testing.assert_allclose(columns["weight"], want / want[real].mean(), rtol=1e-6)
+    np.testing.assert_array_equal(columns["loss_mask"].any(1), real)  # the rows that the loss is divided by
 
 
 class Solver(Student):
@@ -269,6 +326,11 @@ def test_rates_are_estimated_anew_from_own_answers(tmp_path):
     assert figures["rollout_effective_prompts"] == pytest.approx(
         1 / np.mean((asked().weight / np.mean(asked().weight)) ** 2)
     )
+    # Rounds before that of launch.curate still count.
+    known = drive(own(tmp_path / "before", Solver(), **fields | {"rates": after([rates], rates)}), range(1, 4))
+    a, n = a + 0.25 * (rates.right - 0.5), n + 0.25 * (rates.tried - 1)
+    expected = (a / n * (1 - a / n))[known[3]["row_id"]]
+    np.testing.assert_allclose(known[3]["weight"], expected / expected.mean(), rtol=1e-6)
     again = drive(own(tmp_path, Solver(), **fields), range(4, 9))  # resumed: from the blocks on disk
     for step in range(4, 9):
         jax.tree.map(np.testing.assert_array_equal, again[step], columns[step])
@@ -277,3 +339,92 @@ def test_rates_are_estimated_anew_from_own_answers(tmp_path):
 def test_the_share_of_right_answers_is_among_the_figures(tmp_path):
     figures = own(tmp_path, Solver(), batch=5, steps=2).load(1, None)
     assert figures["rollout_right"] == 0.4
+
+
+# --- between the loop and the models
+
+
+def built_of(**fields):
+    """A `Built` of which only these fields are read."""
+    built = object.__new__(Built)
+    for name, value in fields.items():
+        object.__setattr__(built, name, value)
+    return built
+
+
+def test_the_student_is_asked_with_the_settings_of_generation(monkeypatch):
+    asks = []
+
+    def rollouts(model, prompts, samples, settings, **rest):
+        asks.append((model, prompts, settings, rest))
+        for index in reversed(range(len(prompts))):
+            for sample in samples[index]:
+                name = f"{rest['names'][index]} {sample}"
+                yield index, sample, Completion(name, (index, sample), -1.5, "stop" if sample else "length")
+
+    monkeypatch.setattr(own_answers, "rollouts", rollouts)
+    monkeypatch.setattr(own_answers, "student_speaker", lambda built, params: (built.experiment.name, params))
+    settings = Generation(
+        temperature=0.7, top_p=0.9, top_k=20, min_p=0.1, new_tokens=7, stop=("##",), batch_size=3, seed=5
+    )
+    e = dataclasses.replace(Experiment(), generation=settings, name="whose")
+    write = own_answers._writer(built_of(experiment=e), asked())
+    found = write("weights", [3, 1, 3], 0)
+    assert [answer.text for answer in found] == ["p3 0", "p1 0", "p3 1"]
+    assert [(answer.logp, answer.finished) for answer in found] == [(-1.5, False), (-1.5, False), (-1.5, True)]
+    model, prompts, sampling, rest = asks[0]
+    assert model == ("whose", "weights")
+    assert prompts == [asked().ids[3], asked().ids[1]]
+    assert sampling == Sampling(temperature=0.7, top_p=0.9, top_k=20, min_p=0.1)
+    assert {name: rest[name] for name in ("new_tokens", "stop", "batch_size")} == {
+        "new_tokens": 7,
+        "stop": ("##",),
+        "batch_size": 3,
+    }
+
+
+def test_no_block_has_the_draws_of_another_or_of_rollouts(monkeypatch):
+    """launch.curate draws with generation.seed itself: its answers must not count a second time as new ones."""
+    seeds = []
+    monkeypatch.setattr(own_answers, "rollouts", lambda *_, seed, **__: seeds.append(seed) or [])
+    monkeypatch.setattr(own_answers, "student_speaker", lambda *_: None)
+    for seed in range(3):
+        e = dataclasses.replace(Experiment(), generation=Generation(seed=seed))
+        for block in range(4):
+            own_answers._writer(built_of(experiment=e), asked())("weights", [], block)
+    assert len({*seeds, *range(1000)}) == 12 + 1000
+    assert len({jax.random.key(seed).__repr__() for seed in seeds}) == 12
+
+
+def test_what_the_teacher_says_of_a_block(tmp_path):
+    """Nats a token over the answers of the first batch, against whole distributions in float64."""
+    rng = np.random.default_rng(0)
+    student, teacher = (
+        {"table": jnp.asarray(rng.normal(size=(80, 6)), jnp.float32), "head": jnp.asarray(rng.normal(size=(6, 80)))}
+        for _ in range(2)
+    )
+    model = LanguageModel(lambda p, batch: p["table"][batch.tokens], lambda p: Head(p["head"], vocab_size=80))
+    e = experiment(batch=2, block=2)
+    parts = types.SimpleNamespace(student=model, teacher=model)
+    built = built_of(parts=parts, experiment=e, rules=Rules(), teacher_head=teacher)
+    lengths = iter((3, 1, 2, 4))  # the block has a second batch, which is not read
+
+    def write(params, prompts, seed):
+        return [Answer("x", tuple(30 + p + k for k in range(next(lengths))), -1.0, True) for p in prompts]
+
+    answers = own(tmp_path, write, judge=own_answers._judge(built), batch=2, block=2)
+    figures = answers.load(1, student)
+    columns = answers.columns(1)
+
+    def log_probs(params, at):
+        logits = np.asarray(params["table"], np.float64)[at] @ np.asarray(params["head"], np.float64)
+        return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+    row, place = np.nonzero(columns["loss_mask"])
+    assert len(row) == (3 + 1) + (1 + 1)  # with the ends
+    before, label = columns["tokens"][row, place - 1], columns["tokens"][row, place]
+    p, q = log_probs(teacher, before), log_probs(student, before)
+    assert figures["rollout_teacher_nll"] == pytest.approx(-p[np.arange(len(row)), label].mean(), rel=1e-5)
+    assert figures["rollout_kl"] == pytest.approx(np.sum(np.exp(p) * (p - q), 1).mean(), rel=1e-5)
+    nobody = types.SimpleNamespace(student=model, teacher=None)
+    assert own_answers._judge(built_of(parts=nobody, experiment=e)) is None
