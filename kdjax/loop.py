@@ -92,6 +92,8 @@ def run(built: Built, workdir: Path) -> Outcome:
             state, start = checkpoints.restore(abstract_like(state), identity, start)
         own = own_answers(built, workdir)
         rows = RowChoice(built, workdir, own)
+        if start and rows.due(start):
+            state = restarted(state, built)
         data = rows.iterator(start or 0)
         config = dataclasses.asdict(e)
         with RunLog(
@@ -174,18 +176,20 @@ class _Running:
             state, report = step_function(state, self.built.teacher_params, batch)
             window.dispatched(step, report, columns, batch)
             interrupted = self.stop_asked() and step < total
-            if self.rows.due(step):
-                window.settle()
+            evaluates = not interrupted and (step == total or (e.eval.every > 0 and step % e.eval.every == 0))
+            saves, due = evaluates or interrupted or step % e.checkpoint.every == 0, self.rows.due(step)
+            if saves or due:
+                window.settle()  # a step that went wrong must never reach a checkpoint
+            found = self.evaluate(step, state.params) if evaluates else None
+            if due:
                 self.data, figures = self.rows.choose(step, state.params)
                 self.log.write(step, figures)
-                state = restarted(state, self.built)
-                window.restart_clock()
-            evaluate_now = step == total or (e.eval.every > 0 and step % e.eval.every == 0)
-            if evaluate_now or interrupted or step % e.checkpoint.every == 0:
-                window.settle()  # a step that went wrong must never reach a checkpoint
-                found = self.evaluate(step, state.params) if evaluate_now and not interrupted else None
+            if saves:  # the student that was trained, with its figures; what was chosen by it is on disk by now
                 kl = None if found is None or found.kl is None else found.kl.value
                 self.checkpoints.save(step, state, self.identity, kl)
+            if due:
+                state = restarted(state, self.built)
+            if saves or due:
                 window.restart_clock()
             if window.shown:
                 progress.update(step, **window.shown)

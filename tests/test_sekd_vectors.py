@@ -4,7 +4,6 @@ float32 statistics hold a number to 6e-8 of it, so ten printed digits are checke
 """
 
 import dataclasses
-import importlib.util
 import math
 import pathlib
 import re
@@ -14,15 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax.build import build_objective
+from kdjax import models
+from kdjax.build import build_objective, build_parts
 from kdjax.config import Loss
 from kdjax.config import Selection as SelectionConfig
 from kdjax.kernels.linear_divergence import Pair, linear_divergence
 from kdjax.kernels.linear_stats import linear_pair_stats, linear_stats
 from kdjax.losses import LOSSES
 from kdjax.selection import POLICIES, SIGNALS, Chooser, Context, View, token_stats
+from kdjax.sharding import Rules
 from kdjax.step import make_supervise
 from kdjax.types import DenseTargets, Head, Selection, TokenStats, gather_slots, targets_of
+from tests.step import step_bench
 
 ROOT = pathlib.Path(__file__).parents[1]
 ELSEWHERE = {  # item -> tests that would fail if it broke
@@ -140,19 +142,12 @@ def test_item_4():
 # --- through a model
 
 
-_spec = importlib.util.spec_from_file_location("sekd_bench", ROOT / "tests" / "step" / "conftest.py")
-step_bench = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(step_bench)
-
-
 @pytest.fixture(scope="module")
 def made():
     """A step of SE-KD at 30 %, its weights, and a batch."""
-    parts = step_bench.build_parts(
-        step_bench.experiment(selection__fraction=0.3), step_bench.STUDENT, step_bench.TEACHER, step_bench.Rules()
-    )
+    parts = build_parts(step_bench.experiment(selection__fraction=0.3), step_bench.STUDENT, step_bench.TEACHER, Rules())
     params, teacher_params = (
-        step_bench.models.init_params(dataclasses.replace(cfg, initializer_range=0.3), jax.random.key(seed))
+        models.init_params(dataclasses.replace(cfg, initializer_range=0.3), jax.random.key(seed))
         for seed, cfg in enumerate((step_bench.STUDENT, step_bench.TEACHER))
     )
     return parts, params, teacher_params, step_bench.ragged_batch()

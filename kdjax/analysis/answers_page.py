@@ -17,8 +17,8 @@ COUNTS = (
     ("Answers selected", "selected"),
     ("Questions with one answer alone", "forced"),
     ("Answers scored", "answers_scored"),
-    ("Tokens scored", "tokens_scored"),
-    ("Tokens trained", "tokens_trained"),
+    ("Tokens scored, with padding", "tokens_scored"),
+    ("Tokens trained, with padding", "tokens_trained"),
 )
 # name, end of two fields of a round, how it is shown
 COSTS = (("time", "seconds", duration), ("FLOPs", "flops", number))
@@ -49,10 +49,11 @@ class Round:
 
     step: of training, at which the student chose. questions: of the pool, with an answer or dropped. teachers: name ->
     answers selected. dropped: reason -> questions. forced: questions with one answer alone. overlap: name of another
-    selection -> mean over questions of |same answers| / |answers of either|, in [0, 1]. score, answer_nll: means over
-    the selected answers. same_family: share of them from teachers of the student's family; usable_of_family: admitted
-    answers of these. Seconds and FLOPs: of scoring for this choice, and of the training on it. teacher_scores: where
-    one teacher is chosen; None = it has none. taken_teachers: whose answers alone were drawn from; [] = all's.
+    selection -> mean over questions of |same answers| / |answers of either|, in [0, 1]; of "random" what to expect.
+    score, answer_nll: means over the selected answers. tokens_*: with padding. same_family: share of the selected from
+    teachers of the student's family; usable_of_family: admitted answers of these. Seconds and FLOPs: of scoring for
+    this choice, and of the training on it. teacher_scores: where one teacher is chosen; None = it has none.
+    taken_teachers: whose answers alone were drawn from; [] = all's.
     """
 
     step: int
@@ -86,7 +87,7 @@ def round_of(counts: Mapping[str, Any], *, step: int, **rest: Any) -> Round:
     """A round by the counts in the manifest of selected.jsonl. rest: the fields that are not among them."""
     groups = [CostGroup(int(group), **means) for group, means in counts["means_of_groups"].items()]
     named = {name: counts[name] for name in ("questions", "teachers", "dropped", "forced")}
-    named |= {"taken_teachers": counts.get("taken_teachers", ())}
+    named |= {"taken_teachers": counts.get("taken_teachers", ()), "overlap": counts.get("overlap", {})}
     if family := counts.get("same_family"):
         named |= {"same_family": family["selected"] / counts["rows"], "usable_of_family": family["admitted"]}
     return Round(step=step, groups=groups, **named, **rest)
@@ -110,7 +111,7 @@ def render(
     """The page as text.
 
     pool: teacher -> {reason: rows}, "" = admitted, as in the manifest of admitted.jsonl. name: of the experiment.
-    score: by which answers are ranked. chosen: how, a sentence.
+    score: by which answers are ranked, "" = by none. chosen: how, a sentence.
     """
     title = f"Selected answers: {name}"
     sections = [page.header(title, _lead(rounds, pool, score, chosen)), _tiles(rounds)]
@@ -130,10 +131,8 @@ def _lead(rounds: Sequence[Round], pool: Mapping[str, Mapping[str, int]], score:
     text = f"{rows:,} answers of {len(pool)} teachers in the pool. " if pool else ""
     if not rounds:
         return text + "Nothing is selected yet."
-    last = rounds[-1]
-    text += (
-        f"{len(rounds)} rounds of selection by {score}; in the last, " if len(rounds) > 1 else f"Selected by {score}: "
-    )
+    last, by = rounds[-1], f" by {score}" if score else ""
+    text += f"{len(rounds)} rounds of selection{by}; in the last, " if len(rounds) > 1 else f"Selected{by}: "
     answered = last.questions - sum(last.dropped.values())
     text += f"{last.selected:,} answers to {answered:,} of {last.questions:,} questions. {chosen}"
     return text.strip()
@@ -205,7 +204,8 @@ def _percentages(title: str, unit: str, named: Mapping[str, Sequence[float]]) ->
 
 def _mean_charts(rounds: Sequence[Round], score: str) -> list[str]:
     made = []
-    for title, unit, key in ((f"Mean {score} of the selected", "", "score"), ("Their mean NLL", "nats", "answer_nll")):
+    names = ((f"Mean {score} of the selected", "", "score"), ("Their mean NLL", "nats", "answer_nll"))
+    for title, unit, key in names if score else ():
         line = Series("", _numbers(rounds), [getattr(each, key) for each in rounds], "after", dots=True)
         made.append(chart(title, unit, [line], x_unit="round"))
     return made
@@ -268,7 +268,10 @@ def _groups(rounds: Sequence[Round], score: str) -> str:
 def _overlap(rounds: Sequence[Round]) -> str:
     names = list(dict.fromkeys(name for each in rounds for name in each.overlap))
     rows = [[name, *(_percent(each.overlap.get(name, math.nan)) for each in rounds)] for name in names]
-    note = '<p class="note">Same answers among those of either selection, mean over the questions of both.</p>'
+    note = (
+        '<p class="note">Same answers among those of either selection, mean over the questions with two answers or '
+        "more; of random what to expect.</p>"
+    )
     return _table(["Selection", *_heads(rounds, "%")], rows) + note if rows else ""
 
 
@@ -281,7 +284,8 @@ def _figures(rounds: Sequence[Round], score: str) -> str:
         rows.append([name, *(f"{getattr(each, key):,}" for each in rounds)])
     if any(len(each.taken_teachers) > 1 for each in rounds):
         rows.append(["Drawn from equal teachers", *(", ".join(each.taken_teachers) or DASH for each in rounds)])
-    for name, key in ((f"Mean {score} of the selected", "score"), ("Their mean NLL, nats", "answer_nll")):
+    names = ((f"Mean {score} of the selected", "score"), ("Their mean NLL, nats", "answer_nll"))
+    for name, key in names if score else ():
         rows.append([name, *(number(getattr(each, key)) for each in rounds)])
     for name, key, show in COSTS:
         of_both = [[getattr(each, f"{side}_{key}") for each in rounds] for side in ("scoring", "training")]

@@ -39,6 +39,13 @@ EXTRA = (
     ("head_cross", "H<sub>AQ</sub>", "product of the head's gradients of answer and question"),
     ("rsr", "RSR", "rank-surprisal ratio"),
 )
+# of the question, the same whatever the answer
+QUESTION = (
+    ("n_question", "{} tokens"),
+    ("question_nll", "mean NLL {} nats"),
+    ("c_qq", "C<sub>QQ</sub> {}"),
+    ("head_question", "H<sub>QQ</sub> {}"),
+)
 # key, name, both ends of the scale
 SWITCH = (
     ("share", "Share of the gradient", "below 0", "most in this answer"),
@@ -137,7 +144,7 @@ def _lead(explained: Explained) -> str:
 
 def _question(explained: Explained) -> str:
     told = []
-    for key, says in (("n_question", "{} tokens"), ("question_nll", "mean NLL {} nats")):
+    for key, says in QUESTION:
         known = [value for a in explained.answers if math.isfinite(value := _figure(a, key))]
         told += [says.format(_shown(known[0], key))] if known else []
     gold = f'<p class="note">Reference answer: {page.esc(explained.gold)}</p>' if explained.gold else ""
@@ -283,6 +290,8 @@ def _short(piece: str) -> str:
 
 
 def _figure(each: ExplainedAnswer, key: str) -> float:
+    if key == "c_qq":
+        return _figure(each, "question_nll") ** 2 * _figure(each, "sim_qq")
     value = each.figures.get(key)
     return math.nan if value is None else float(value)
 

@@ -32,6 +32,8 @@ def _block_output(cfg: ModelConfig, weights: Params, middle: Array, x: Array, ru
     return rules.reshard(x, rules.batch_spec(3))
 
 
+# The same for all of models.FAMILIES: dense layers with a gated MLP. There are no mixtures of experts, no adapters, and
+# no family whose up-projection is part of a wider matrix; one that is added needs its own line.
 # (cfg, weights of the last block, the residual stream in it after attention, and after it, rules) -> [B, T, F or D]
 TAPS: dict[str, Callable[[ModelConfig, Params, Array, Array, Rules], Array]] = {
     "up": _up,  # of the last block: what its up-projection gives, before the gate

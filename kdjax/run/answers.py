@@ -13,21 +13,21 @@ from typing import Any
 import jax
 import numpy as np
 
+import kdjax
 from kdjax.build import Built
 from kdjax.checkpoint import by_first, require_same, require_seen
 from kdjax.curation import params_fingerprint
 from kdjax.curation.answers.best_teacher import Rated, figures_of, gradients_path
-from kdjax.curation.answers.encode import coding, encode_answer, encode_question
+from kdjax.curation.answers.encode import Coding, coding, coding_basis, encode_answer, encode_question
 from kdjax.curation.answers.measure import context_of, make_measurer, unscored
 from kdjax.curation.answers.pool import Candidate, open_pool
 from kdjax.curation.answers.released import as_released
 from kdjax.curation.answers.scored import ScoredFile, open_scored, read_scored, scored_path
 from kdjax.curation.answers.select import policy_of
-from kdjax.curation.answers.selected import NAME, select
+from kdjax.curation.answers.selected import NAME, basis_of, select
 from kdjax.curation.answers.stage import FOLDER, read_manifest
 from kdjax.curation.answers.verify import Admitted, admit
 from kdjax.data.prompts import Prompt, fingerprint, load_prompts, split_prompts
-from kdjax.models import tokenizer as tokenizers
 from kdjax.run.teachers import make_teacher_rater
 from kdjax.run_log import Progress
 from kdjax.types import Params
@@ -63,9 +63,10 @@ class AnswerChoice:
         e = built.experiment
         self._built, self._workdir, self._settings = built, workdir, as_released(e.answers)
         self._coding = coding(built.tokenizer, e.data, self._settings)
-        heldout, train = split_prompts(load_prompts(e.prompts), e.prompts) if built.asked is None else _sides(built)
+        heldout, train, every = _sides(built)
         self.prompts = fingerprint(train)
-        self.admitted = _admit(e, workdir, train, heldout)
+        self._basis = basis_of(e, built.tokenizer, every)
+        self.admitted = _admit(e, workdir, train, heldout, self._coding)
         self._places = 0
         self._figures, self._measure, self._rate = figures_of(self._settings), None, None
         if self._figures is not None:
@@ -78,7 +79,7 @@ class AnswerChoice:
     def __call__(self, params: Params, step: int = 0) -> Choice:
         name = selection_of(step)
         if self._measure is None and self._rate is None:
-            return Choice(self._select(name, None))
+            return Choice(self._select(name, ""))
         student, scored, rated = params_fingerprint(params), None, None
         path = scored_path(self._workdir, student, self._settings.scored)
         self._places, added, seconds = 0, 0, 0.0
@@ -89,7 +90,7 @@ class AnswerChoice:
             if self._rate is not None:
                 rated = self._rate(params, scored, gradients_path(path, student), self._depends(student))
                 seconds += rated.seconds
-            counts = self._select(name, scored, rated)
+            counts = self._select(name, student, scored, rated)
         return Choice(counts, added, self._places, seconds, None if scored is None else scored.path, rated)
 
     def _open(self, path: Path, student: str, opened: contextlib.ExitStack) -> ScoredFile:
@@ -106,15 +107,17 @@ class AnswerChoice:
         require_same(str(len(scored)), str(path))  # and none appends before all have read
         return scored
 
-    def _select(self, name: str, scored: ScoredFile | None, rated: Rated | None = None) -> dict[str, Any]:
+    def _select(
+        self, name: str, student: str, scored: ScoredFile | None = None, rated: Rated | None = None
+    ) -> dict[str, Any]:
         """The counts of what process 0 selects; its file is seen by all."""
         path = self._workdir / FOLDER / f"{name}.jsonl"
 
         def first() -> tuple[dict[str, Any], str]:
             settings = self._settings
-            how: dict[str, Any] = {"measure": self._length, "rated": rated}
+            how: dict[str, Any] = {"measure": self._length, "rated": rated, "basis": self._basis | {"student": student}}
             if scored is not None:
-                how |= {"scored": scored, "context": context_of(settings, scored)}
+                how |= {"scored": scored, "context": context_of(settings, scored, self.admitted)}
             counts = select(self._workdir, self.admitted, settings, name=name, **how)
             return counts, read_manifest(path)["sha256"]
 
@@ -148,33 +151,35 @@ class AnswerChoice:
 
     def _depends(self, student: str) -> dict[str, Any]:
         e, settings = self._built.experiment, self._settings
-        names = ("tap", "alignment", "trailing", "truncated")
         return {
+            "version": kdjax.__version__,
             "student": student,
-            "tokenizer": tokenizers.fingerprint(self._built.tokenizer),
             "questions": self.prompts,
-            "seq_len": e.data.seq_len,
-            "chat_template": e.data.chat_template,
-            "system_prompt": e.data.system_prompt,
+            **coding_basis(self._coding),
             "compute_dtype": e.student.compute_dtype,
-            **{name: getattr(settings, name) for name in names},
+            "tap": settings.tap,
+            "alignment": settings.alignment,
         }
 
 
-def _sides(built: Built) -> tuple[list[Prompt], list[Prompt]]:
-    asked = built.asked
-    return ([], []) if asked is None else (list(asked.heldout), list(asked.train))
+def _sides(built: Built) -> tuple[list[Prompt], list[Prompt], str]:
+    """Held-out and train prompts, and the fingerprint of all."""
+    asked, prompts = built.asked, built.experiment.prompts
+    if asked is not None:
+        return list(asked.heldout), list(asked.train), asked.fingerprint
+    every = load_prompts(prompts)
+    return *split_prompts(every, prompts), fingerprint(every)
 
 
-def _admit(e: Any, workdir: Path, train: list[Prompt], heldout: list[Prompt]) -> Admitted:
+def _admit(e: Any, workdir: Path, train: list[Prompt], heldout: list[Prompt], of: Coding) -> Admitted:
     """The pool, and what process 0 finds of its answers."""
-    pool = open_pool(e.answers.pool, train, heldout)
+    pool = open_pool(e.answers.pool, train, heldout, e.prompts.instruction)
     require_same(f"{pool.content} {fingerprint(train)} {fingerprint(heldout)}", "answers.pool")
 
     def first() -> tuple[list[int], dict[str, Any]]:
         progress = Progress(len(pool), unit="row")
         try:
-            done = admit(workdir, pool, e.answers, e.prompts.verifier, lambda done, total: progress.update(done))
+            done = admit(workdir, pool, e.answers, e.prompts.verifier, lambda done, total: progress.update(done), of=of)
         finally:
             progress.close()
         return done.reason.tolist(), dict(done.counts)

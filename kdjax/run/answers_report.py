@@ -8,19 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from kdjax.analysis.answers_page import Round, round_of, write_answers
 from kdjax.build import Built
 from kdjax.curation.answers import selected, verify
-from kdjax.curation.answers.scored import ScoredFile, read_scored
-from kdjax.curation.answers.scores import SCORES, Context, rate
-from kdjax.curation.answers.select import policy_of
-from kdjax.curation.answers.stage import FOLDER, manifest_of, read_manifest, records
+from kdjax.curation.answers.scored import read_scored
+from kdjax.curation.answers.select import score_read
+from kdjax.curation.answers.stage import FOLDER, manifest_of, read_manifest
 from kdjax.run.answers import selection_of
 from kdjax.run.report_data import typed_command
 
-RIVALS = ("scas", "head_norm", "grape", "rsr")  # the best answer by each is compared with what was selected
 # what a choice reads, as its manifest names it: what the file counts, FLOPs per parameter and token
 PASSES = {"scored": ("answers", 2.0), "gradients": ("gradients", 6.0)}
 
@@ -40,7 +37,13 @@ def write_report(built: Built, workdir: Path, step: int | None = None) -> Path:
     pool = read_manifest(folder / verify.ADMITTED)["counts"]["teachers"]
     said = f"answers.policy={e.answers.policy!r}, answers.seed={e.answers.seed}."
     return write_answers(
-        folder / "report.html", rounds, pool, name=e.name, score=e.answers.score, chosen=said, command=typed_command()
+        folder / "report.html",
+        rounds,
+        pool,
+        name=e.name,
+        score=score_read(e.answers),
+        chosen=said,
+        command=typed_command(),
     )
 
 
@@ -61,9 +64,7 @@ def _round(built: Built, folder: Path, step: int, steps: int, size: int) -> Roun
     known |= _costs(depends, kept, size)
     if depends["scored"]:
         path = kept / depends["scored"]
-        rivals = [name for name in RIVALS if name != e.answers.score or policy_of(e.answers).teachers]
         with read_scored(path) as figures:
-            known["overlap"] = _overlaps(lines, path, figures, rivals, e.answers.question_share)
             nlls = [figures[one.row].values.get("answer_nll") for one in lines if one.row in figures]
         known["answer_nll"] = _mean(nlls)
         known["score"] = _mean([one.score_value for one in lines])
@@ -80,37 +81,6 @@ def _costs(depends: Mapping[str, Any], kept: Path, size: int) -> dict[str, float
             costs.append((of.get(counted, 0), places, of.get("seconds", math.nan), flops * size * places))
     names = ("answers_scored", "tokens_scored", "scoring_seconds", "scoring_flops")
     return {name: sum(column) for name, column in zip(names, zip(*costs, strict=True), strict=True)} if costs else {}
-
-
-def _overlaps(
-    lines: list[selected.Selected], path: Path, figures: ScoredFile, rivals: list[str], question_share: float
-) -> dict[str, float]:
-    """Rival -> the share of the questions whose selected answer is the rival's best, and so for the shortest.
-
-    The figures of one question at a time are held, and of all others where they are.
-    """
-    chosen: dict[str, set[str]] = {}
-    for one in lines:
-        chosen.setdefault(one.id, set()).add(one.row)
-    places: dict[str, list[int]] = {}
-    for _, record in records(path):
-        if record["figures"] is not None:
-            places.setdefault(record["id"], []).append(int(record["row"], 16))
-    shares: dict[str, list[float]] = {}
-    for question, rows in chosen.items():
-        answers = [f"{place:016x}" for place in dict.fromkeys(places.get(question, ()))]
-        known = {row: figures[row].values for row in answers}
-        if len(known) < 2:
-            continue
-        names, values = list(known), list(known.values())
-        costs = {"shortest": [float(np.nan_to_num(each["n_answer"])) for each in values]}
-        for rival in rivals:
-            if all(need in each for need in SCORES[rival].needs for each in values):
-                costs[rival] = rate(rival, values, Context(question_share))
-        for rival, of in costs.items():
-            best = min(range(len(of)), key=lambda at: (math.isnan(of[at]), of[at], names[at]))
-            shares.setdefault(rival, []).append(len({names[best]} & rows) / len({names[best]} | rows))
-    return {rival: math.fsum(of) / len(of) for rival, of in shares.items()}
 
 
 def _mean(values: list[float | None]) -> float:

@@ -23,7 +23,7 @@ from kdjax.curation.answers.scorer import Scored
 from kdjax.curation.answers.scores import SCORES, Context, rate
 from kdjax.curation.answers.select import Pick, ScoredAnswer, choose, policy_of
 from kdjax.curation.answers.selected import NAME, read_selected
-from kdjax.curation.answers.verify import admit
+from kdjax.curation.answers.verify import Admitted, admit, admitted_answers
 from kdjax.data.prompts import Prompt, load_prompts, question_of
 from kdjax.types import Params
 
@@ -33,26 +33,26 @@ SHOWN = ("scas", "head_norm", "grape", "rsr", "head_diagonal")  # scores beside 
 def explain(built: Built, question: str, params: Params, workdir: Path | None, command: str) -> Explained:
     """What `launch.curate --explain` shows of the question with this id.
 
-    workdir: where a choice was made, which is marked; None = none was. Answers that are not admitted are shown with the
-    reason, those that are wrong too. Raises ValueError for a question that is not among the prompts or has no right
-    answer in the pool, and as `make_measurer` does.
+    workdir: where a choice was made, which is marked; None = none was. Answers that are not admitted or not drawn are
+    shown with the reason, those that are wrong too, be there no others. Raises ValueError for a question that is not
+    among the prompts or has no answer in the pool, and as `make_measurer` does.
     """
     e, settings = built.experiment, as_released(built.experiment.answers)
     if policy_of(settings).teachers:  # then answers.score rates them, and no answers
         settings = dataclasses.replace(settings, score=SHOWN[0])
     prompt = _prompt(load_prompts(e.prompts), question)
-    pool = open_pool(settings.pool, [prompt], [])
+    pool = open_pool(settings.pool, [prompt], [], e.prompts.instruction)
     if not pool.of(0):
         raise ValueError(
             f"--explain must be the id of a question that answers.pool answers, got {question!r}, which it does not; "
             "questions that are kept for evaluation are mostly not asked of teachers. Take one of selected.jsonl."
         )
+    of = coding(built.tokenizer, e.data, settings)
     with tempfile.TemporaryDirectory() as folder:
-        admitted = admit(Path(folder), pool, settings, e.prompts.verifier)
+        admitted = admit(Path(folder), pool, settings, e.prompts.verifier, of=of, needed=False)
     with reader(pool) as read:
         found = candidates(pool, read, 0)
-    reasons = [REASONS[admitted.reason[row]] for row in pool.of(0)]
-    of = coding(built.tokenizer, e.data, settings)
+    reasons = _reasons(admitted, found, settings)
     score, known = registry.lookup(SCORES, settings.score, "answers.score"), set(measurable(built.parts.student))
     needs = score.needs if known.issuperset(score.needs) else ()
     measure = make_measurer(built.parts.student, settings, of, built.rules, needs=needs, tokens=True)
@@ -82,6 +82,14 @@ def explain(built: Built, question: str, params: Params, workdir: Path | None, c
         student=f"The student: {built.student_source}.",
         command=command,
     )
+
+
+def _reasons(admitted: Admitted, found: Sequence[Candidate], settings: config.Answers) -> list[str]:
+    """Why each answer cannot be chosen, "" = it can: it is not admitted, or answers.candidates have no place for it."""
+    pool = admitted.pool
+    drawn = {one.row for _, some in admitted_answers(admitted, settings) for one in some}
+    reasons = [REASONS[admitted.reason[row]] for row in pool.of(0)]
+    return [why or ("" if one.row in drawn else "not_drawn") for one, why in zip(found, reasons, strict=True)]
 
 
 def _prompt(prompts: Sequence[Prompt], question: str) -> Prompt:

@@ -21,6 +21,7 @@ from kdjax.analysis.report import write_report
 from kdjax.build import Built
 from kdjax.build.checks import is_served
 from kdjax.config import fingerprint
+from kdjax.curation.answers.select import score_read
 from kdjax.data import heldout_batches, to_batch
 from kdjax.evals.text_page import entropy_page, make_page_step
 from kdjax.generation import complete
@@ -116,14 +117,30 @@ def typed_command() -> str:
 def _answers(built: Built) -> str:
     """What is trained on where there are prompts; "on" is before it."""
     e, count = built.experiment, len(built.asked.train) if built.asked is not None else 0
-    whose = {"gold": "gold answers", "pool": f"selected answers ({e.answers.policy}, {e.answers.score})", "": ""}
+    chosen = ", ".join(filter(None, (e.answers.policy, score_read(e.answers))))
+    whose = {"gold": "gold answers", "pool": f"selected answers ({chosen})", "": ""}
     given = whose.get(e.prompts.answers, "a model's answers")
     own = "the student's own answers" if e.on_policy.fraction != 0 else ""
+    if own and e.samples.fraction < 1:
+        own += f" (of each block the {e.samples.fraction:.0%} {_chosen(e.samples.score)})"
     plain = "" if e.prompts.answers else CORPORA.get(e.data.path, e.data.path)  # the text of the other steps
     if e.on_policy.fraction == 1:
         plain = ""
+    kept = _kept(built)
+    given, plain = (f"{text} ({kept})" if text and kept else text for text in (given, plain))
     asked = f"{' and '.join(filter(None, (given, own)))} to {count:,} prompts of {e.prompts.path}"
     return f"{asked}{f' and {plain}' if plain else ''}, judged on {CORPORA.get(e.data.path, e.data.path)}"
+
+
+def _kept(built: Built) -> str:
+    """Which rows of the given text are trained on; "" = all."""
+    kept, every = len(built.train), len(built.data.train)
+    chosen = _chosen(built.experiment.samples.score)
+    return f"the {kept:,} of {every:,} rows {chosen}" if kept < every else ""
+
+
+def _chosen(score: str) -> str:
+    return "drawn at random" if score == "random" else f"with the highest {score.replace('_', ' ')}"
 
 
 def _summary(workdir: Path, built: Built) -> dict[str, Any]:
@@ -144,18 +161,14 @@ def _summary(workdir: Path, built: Built) -> dict[str, Any]:
         "random_fraction": f"a random {e.selection.fraction:.0%} of the positions",
         "top_fraction": f"the {e.selection.fraction:.0%} of positions with the highest {signal}",
     }
-    text, kept = f"{CORPORA.get(e.data.path, e.data.path)}, {data.summary['train']['documents']} training documents", ""
-    if built.asked is not None:
-        text = _answers(built)
-    if len(built.train) < len(data.train):
-        score = e.samples.score.replace("_", " ")
-        kept = f", the {len(built.train):,} of {len(data.train):,} rows with the highest {score}"
+    text = f"{CORPORA.get(e.data.path, e.data.path)}, {data.summary['train']['documents']} training documents"
+    text = ", ".join(filter(None, (text, _kept(built)))) if built.asked is None else _answers(built)
     summary = {
         **teacher,
         "student": built.student_source,
         "student_layers": built.student_cfg.layers,
         "student_parameters": _size(built.student_params),
-        "data": text + kept,
+        "data": text,
         "selection": policies.get(e.selection.policy, e.selection.policy),
         "loss": " + ".join(name.replace("_", " ").replace(" kl", " KL") for name in built.parts.objective.terms),
         "steps": e.train.steps,

@@ -63,7 +63,8 @@ class RowChoice:
             size = e.train.batch_size // e.train.accumulate
             self._scorer = make_scorer(built.parts.student, built.parts.teacher, e.samples, built.rules, size)
         every = built.data.train
-        scores = self._scorer(params, built.teacher_params, every)
+        text = {} if built.text is None else built.text.teacher
+        scores = self._scorer(params, built.teacher_params, every, text=text)
         kept = keep(scores, e.samples.fraction)
         shared = overlap(self._now.row_id, every.row_id[kept])
         basis = samples_basis(built)

@@ -58,12 +58,20 @@ def test_costs_of_the_rounds():
     figures = table(shown([made(), second]), "")
     assert figures["At step"] == ["0", "200"]
     assert figures["Questions with one answer alone"] == ["3", "3"]
-    assert figures["Tokens scored"] == ["30,000", "30,000"]
+    assert figures["Tokens scored, with padding"] == ["30,000", "30,000"]
+    assert figures["Tokens trained, with padding"] == ["8,000", "0"]
     assert figures["Scoring, time"] == ["1m30s", "30s"]
     assert figures["Scoring to training, time"] == ["0.50", DASH]
     assert figures["Scoring to training, FLOPs"] == ["0.25", DASH]
     assert figures["Mean scas of the selected"] == ["1.25", "1.25"]
     assert figures["Scoring, FLOPs"] == [number(2e12)] * 2
+
+
+def test_a_choice_without_scores_names_none():
+    page = shown([made(), made()], score="")
+    assert "2 rounds of selection; in the last, 80 answers to 80 of 100 questions." in page.text
+    assert not [name for name in table(page, "") if name.startswith(("Mean", "Their"))]
+    assert "Selected: 80 answers" in shown([made()], score="").text
 
 
 def test_equal_teachers_are_named():
@@ -115,6 +123,7 @@ def test_a_round_by_its_manifest():
     assert found.dropped == {"none_valid": 2}
     assert found.groups == [CostGroup(1, 7, 0.5, 0.25, 12.0)]
     assert math.isnan(found.same_family)
+    assert (found.overlap, round_of(counts | {"overlap": {"rsr": 0.5}}, step=3).overlap) == ({}, {"rsr": 0.5})
     found = round_of(counts | {"same_family": {"admitted": 40, "selected": 0}}, step=3)
     assert found.same_family == 0
     assert table(shown([found]), "Teacher")["of the student's family"] == ["40", "0.0"]

@@ -25,6 +25,8 @@ def answer(teacher="a", **changes):
             "n_answer": 5,
             "n_question": 41,
             "question_nll": 2.31,
+            "sim_qq": 0.5,
+            "head_question": 0.25,
             "answer_nll": 1.5,
             "head_norm": 0.04,
             "scas": 2.5,
@@ -112,7 +114,7 @@ def test_figures_table_and_order():
     assert [its["href"] for its in page.of("a")] == ["#answer0", "#answer1", "#answer2"]
     assert len(page.of("article", "chosen")) == len(page.of("tr", "chosen")) == 1
     assert "3 answers, 2 of them ranked by scas, lowest first. Selected: a." in page.text
-    for said in ("Answers to item-17", "41 tokens; mean NLL 2.31 nats", "Reference answer: 7", "It is 8."):
+    for said in ("Answers to item-17", "41 tokens; mean NLL 2.31 nats; CQQ 2.67; HQQ 0.250", "Reference answer: 7", "It is 8."):
         assert said in page.text
 
 

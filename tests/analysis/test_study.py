@@ -153,6 +153,9 @@ def test_phases():
     assert definition.phases(experiment(made, Run("dense", 0), 1)) == ("train", "evaluate")
     every = ("curate", "cache_teacher", "train", "evaluate")
     assert definition.phases(experiment(made, Run("few", 0), 1)) == every
+    few = experiment(made, Run("few", 0), 1)
+    own = dataclasses.replace(few, on_policy=dataclasses.replace(few.on_policy, fraction=1.0))
+    assert definition.phases(own) == every[1:], "own answers are chosen in training"
 
 
 # --- which runs, how many steps

@@ -13,14 +13,15 @@ def said_by(teacher, question):
 
 
 def write_pool(folder, questions, said):
-    """said: teacher -> {number of a question: text, None = a right one}."""
+    """said: teacher -> {number of a question: text, None = a right one; a tuple of them for several rows}."""
     folder.mkdir(exist_ok=True)
     for teacher, texts in said.items():
         rows = []
         for number, text in texts.items():
             one = questions[number]
-            text = said_by(teacher, one) if text is None else text
-            rows.append({"id": one.id, "instruction": one.prompt, "teacher_output": text})
+            for each in text if isinstance(text, tuple) else (text,):
+                each = said_by(teacher, one) if each is None else each
+                rows.append({"id": one.id, "instruction": one.prompt, "teacher_output": each})
         (folder / f"{teacher}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)
 

@@ -361,7 +361,7 @@ def test_an_answer_that_cannot_be_scored_counts_for_nobody(base, faked, tmp_path
         (
             {"policy": "best_teacher", "score": "scas"},
             r"answers.score must rate teachers with answers.policy='best_teacher', got 'scas', which is for "
-            r"answers.policy='group' or 'best'. Did you mean 'car'\? Known: accuracy, car, g_norm,",
+            r"answers.policy='group', 'best' or 'weighted'. Did you mean 'car'\? Known: accuracy, car, g_norm,",
         ),
         (
             {"policy": "group", "score": "grace"},

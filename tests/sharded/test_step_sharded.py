@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import importlib.util
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,20 +11,18 @@ import numpy as np
 import optax
 import pytest
 
+from kdjax import models
+from kdjax.build import build_parts
 from kdjax.config import Mesh
 from kdjax.data import as_batch
 from kdjax.loop import place
 from kdjax.losses.objective import Objective
 from kdjax.selection.choose import Chooser
 from kdjax.sharding import Rules, make_rules
-from kdjax.step import StepParts, make_train_step
+from kdjax.step import StepParts, init_state, make_train_step
 from kdjax.teacher import drawn_entries, live_targets
 from kdjax.types import SparseTargets, targets_of
-
-_spec = importlib.util.spec_from_file_location("step_bench", Path(__file__).parents[1] / "step" / "conftest.py")
-step_bench = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(step_bench)
-models = step_bench.models
+from tests.step import step_bench
 
 # A vocabulary that devices divide: with equal widths each keeps its columns of both heads, else they are gathered.
 # Large draws: entropies that are nearly equal would be ranked by rounding.
@@ -142,7 +138,7 @@ def columns_of(batch):
 @functools.cache
 def cached_columns():
     """What a cache of the teacher holds, drawn on one device."""
-    parts = step_bench.build_parts(step_bench.experiment(**DRAWN), STUDENT, TEACHER, Rules())
+    parts = build_parts(step_bench.experiment(**DRAWN), STUDENT, TEACHER, Rules())
     batch = as_batch(columns_of(step_bench.ragged_batch(ROWS)), jnp.asarray)
     index = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)[None], batch.tokens.shape)
 
@@ -176,13 +172,13 @@ def steps(mesh, case, accumulate=1, teacher_cfg=TEACHER, teacher_preset=""):
     rules = make_rules(mesh)
     fields = CASES[case] | OPTIM | {"teacher__preset": teacher_preset}
     experiment = step_bench.experiment(train__batch_size=ROWS, train__accumulate=accumulate, **fields)
-    parts = watched(step_bench.build_parts(experiment, STUDENT, teacher_cfg, rules))
+    parts = watched(build_parts(experiment, STUDENT, teacher_cfg, rules))
     teacher = () if parts.teacher is None else stored(teacher_cfg, 1, rules.of_preset(teacher_preset))
     columns = columns_of(step_bench.ragged_batch(ROWS))
     if case == "cached 3X":
         columns["teacher"] = cached_columns()
     batch = place(columns, parts.rules, accumulate)
-    state = jax.jit(lambda params: step_bench.init_state(parts, params, 3))(stored(STUDENT, 0, rules))
+    state = jax.jit(lambda params: init_state(parts, params, 3))(stored(STUDENT, 0, rules))
     before = jax.tree.map(lambda leaf: leaf.sharding, state)
     step, metrics, gradients = jax.jit(make_train_step(parts), donate_argnums=0), [], []
     for number in range(STEPS):

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +9,16 @@ import numpy as np
 import pytest
 
 from kdjax import models
+from kdjax.build import build_parts
 from kdjax.config import Mesh
 from kdjax.data import as_batch
 from kdjax.data.responses import Answered, answer_rows, room_for_teacher
 from kdjax.sharding import Rules, make_rules
-from kdjax.step import make_supervise
+from kdjax.step import init_state, make_supervise
 from kdjax.types import TeacherText
+from tests.step import step_bench
 
-_spec = importlib.util.spec_from_file_location("step_bench_text", Path(__file__).with_name("conftest.py"))
-bench = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(bench)
-
-SAME = dataclasses.replace(bench.STUDENT, vocab_size=96, initializer_range=0.3)
+SAME = dataclasses.replace(step_bench.STUDENT, vocab_size=96, initializer_range=0.3)
 RNG = np.random.default_rng(5)
 ANSWERED = [
     Answered(
@@ -45,13 +41,13 @@ def batch_of(answered, put=jnp.asarray):
 
 def parts_of(rules=Rules(), **fields):
     fields = {"selection__policy": "all", "loss__terms": (("reverse_kl", 1.0),)} | fields
-    return bench.build_parts(bench.experiment(**fields), SAME, SAME, rules)
+    return build_parts(step_bench.experiment(**fields), SAME, SAME, rules)
 
 
 @functools.cache
 def supervised(loss):
     parts = parts_of(loss__terms=((loss, 1.0),))
-    state = bench.init_state(parts, params_of(0), 3)
+    state = init_state(parts, params_of(0), 3)
     supervise = make_supervise(parts)
 
     @jax.jit
@@ -152,7 +148,7 @@ def test_eight_devices_equal_one():
     put = lambda a: jax.device_put(a, rules.batch(a.ndim))  # noqa: E731
     spread = [models.init_params(SAME, jax.random.key(seed), rules) for seed in (0, 1)]
     parts = parts_of(rules)
-    state = bench.init_state(parts, spread[0], 3)
+    state = init_state(parts, spread[0], 3)
     eight, _, _ = jax.jit(make_supervise(parts))(
         *spread, batch_of(answered, put), state.policy_state, state.key, state.step
     )

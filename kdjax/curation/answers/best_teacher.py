@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from kdjax import config
+from kdjax import config, registry
 from kdjax.curation.answers.encode import Coding, encode
 from kdjax.curation.answers.gradients import Row, rows_of
 from kdjax.curation.answers.scored import SHOWN, ScoredFile
+from kdjax.curation.answers.scores import SCORES
 from kdjax.curation.answers.select import policy_of, score_of
 from kdjax.curation.answers.stage import Stage, open_stage, records
-from kdjax.curation.answers.teacher_scores import TeacherScore, rate_teachers
+from kdjax.curation.answers.teacher_scores import TEACHER_SCORES, TeacherScore, rate_teachers
 from kdjax.curation.answers.verify import Admitted, admitted_answers, right_shares
 
 DIMENSIONS = 512  # of a projected gradient
@@ -81,7 +82,7 @@ def needs_of(settings: config.Answers) -> tuple[str, ...]:
 def figures_of(settings: config.Answers) -> config.Answers | None:
     """The settings by which `make_measurer` takes the figures that a choice reads; None = it reads none of a pass.
 
-    Raises ValueError for an unknown policy, and a score that is not for it.
+    Raises ValueError for an unknown policy or score, and for a score that is not for a policy that reads one.
     """
     policy = policy_of(settings)
     if policy.teachers:
@@ -89,6 +90,7 @@ def figures_of(settings: config.Answers) -> config.Answers | None:
     if policy.scores:
         score_of(settings)
         return settings
+    registry.lookup({**SCORES, **TEACHER_SCORES}, settings.score, "answers.score")  # it is not read, but named
     return None
 
 

@@ -1,10 +1,14 @@
-"""A question and its answers as token ids, and which of the tokens count: just what is trained on.
+"""A question and its answers as token ids, and which of the tokens count.
 
 The question is the chat up to where the assistant's turn begins. An answer is tokenised by itself and put behind it, so
-no token belongs to both, and all answers follow the same ids. Special tokens count in neither.
+no token belongs to both, and all answers follow the same ids. Special tokens count in neither. What counts of an answer
+is trained on, but for what the template writes after it (answers.trailing "keep"); its end is trained on and does not
+count.
 """
 
 import dataclasses
+import hashlib
+import json
 import unicodedata
 from collections.abc import Iterable
 from typing import Any
@@ -16,6 +20,7 @@ from kdjax import config
 from kdjax.curation.answers.pool import Candidate
 from kdjax.data.prompts import Prompt
 from kdjax.data.responses import end_of_answer, prompt_ids
+from kdjax.models import tokenizer as tokenizers
 
 SPECIAL = ("<|im_start|>", "<|im_end|>")  # marks of a turn, even in tokenizers that do not call them special
 
@@ -93,6 +98,21 @@ def coding(tokenizer: Any, data: config.Data, answers: config.Answers) -> Coding
         answers.trailing,
         answers.truncated,
     )
+
+
+def coding_basis(of: Coding) -> dict[str, Any]:
+    """What the ids and the choice of those that count depend on, by name, for manifests.
+
+    template: sha256 of the chat template and of the special tokens that it may write; the tokenizer's is of neither.
+    """
+    template = of.tokenizer.chat_template if of.chat_template else None
+    told = json.dumps([template, of.tokenizer.special_tokens_map, sorted(of.special)], sort_keys=True, default=str)
+    names = ("seq_len", "chat_template", "system_prompt", "trailing", "truncated")
+    return {
+        "tokenizer": tokenizers.fingerprint(of.tokenizer),
+        "template": hashlib.sha256(told.encode()).hexdigest(),
+        **{name: getattr(of, name) for name in names},
+    }
 
 
 def answer_ids(tokenizer: Any, text: str) -> list[int]:

@@ -95,11 +95,16 @@ def unscored(
             yield encode(prompt, missing, of), {one.row: one.text for one in missing}
 
 
-def context_of(settings: config.Answers, scored: ScoredFile) -> Context:
-    """What answers.score reads besides figures; the slope of ASLEC-CASL is fitted over all answers of the file."""
+def context_of(settings: config.Answers, scored: ScoredFile, admitted: Admitted) -> Context:
+    """What answers.score reads besides figures; the slope of ASLEC-CASL is fitted over the answers that compete.
+
+    The file may hold others, and some that another score asked for and that have no figures of steps.
+    """
     if settings.score != "aslec_casl":
         return Context(settings.question_share)
-    return Context(settings.question_share, fit_casl([line.values for line in scored if not line.error])["share"])
+    rows = (one.row for _, candidates in admitted_answers(admitted, settings) for one in candidates)
+    figures = [line.values for row in rows if row in scored and not (line := scored[row]).error]
+    return Context(settings.question_share, fit_casl(figures)["share"])
 
 
 def fitted_context(question_share: float, figures: Sequence[Mapping[str, Any]]) -> Context:

@@ -15,19 +15,25 @@ from pathlib import Path
 
 import numpy as np
 
-from kdjax.data.answer_pools import PoolFile, PoolRow, canonical, lines, parse, pool_files
-from kdjax.data.prompts import Prompt
+from kdjax.data.answer_pools import PoolFile, PoolRow, asked_by, canonical, lines, parse, pool_files
+from kdjax.data.prompts import Prompt, question_digest
 
 # why an answer of the pool is not admitted, in the order in which it is asked; "" = it is
 REASONS = (
     "",
     "malformed",  # the line is no row
+    "unknown_teacher",  # the teacher's name is blank, or is missing where other lines of the file have one
     "unknown_question",  # its id is none of prompts.path
     "heldout",  # of a question that is kept for evaluation
+    "other_question",  # the question of this id is another one
     "empty",  # there is no answer, or it failed
     "wrong",
     "undecided",  # nobody can tell whether it is right
     "loop",  # it repeats itself
+    "too_long",  # as in encode.REASONS, these four: the student cannot be trained on it
+    "truncated",
+    "special_only",
+    "altered",
     "duplicate",  # the teacher has a right answer to this question before it
     "identical",  # another teacher says the same
 )
@@ -79,22 +85,38 @@ class Pool:
         return f"{self.files[self.file[row]].path}:{self.line[row]}"
 
 
-def open_pool(paths: Sequence[str], train: Sequence[Prompt], heldout: Sequence[Prompt]) -> Pool:
+def open_pool(paths: Sequence[str], train: Sequence[Prompt], heldout: Sequence[Prompt], instruction: str = "") -> Pool:
     """Index the files of `answers.pool` in one pass. train: the questions whose answers are wanted.
 
-    The same whatever the order of paths and prompts. Raises ValueError for files that are not there, and for rollouts
-    of two models in folders of one name.
+    instruction: what the questions end with (prompts.instruction); those of the pool may lack it. The same whatever the
+    order of paths and prompts. Raises ValueError for files that are not there, and for rollouts of two models in
+    folders of one name.
     """
     files = pool_files(paths)
     _check_models(files)
     questions = sorted(train, key=lambda prompt: canonical(prompt.id))
     number_of = {prompt.id: number for number, prompt in enumerate(questions)}
+    asked = [asked_by(prompt, instruction) for prompt in questions]
+    asks = [question_digest(prompt, instruction) for prompt in questions]
     kept_out = frozenset(prompt.id for prompt in heldout)
+
+    def judged(row: PoolRow) -> tuple[int, str]:
+        """The question that it answers, or why it answers none."""
+        number = number_of.get(row.id, NONE)
+        if not row.teacher:
+            return NONE, "unknown_teacher"
+        if number == NONE:
+            return NONE, "heldout" if row.id in kept_out else "unknown_question"
+        other = row.question and asked_by(Prompt("", row.question), instruction) != asked[number]
+        if other or row.asks not in ("", asks[number]):
+            return NONE, "other_question"
+        return (number, "") if row.text else (NONE, "empty")
+
     teachers: dict[str, int] = {}
     columns = {name: array.array(kind) for name, kind in _COLUMNS.items()}
     content = []
     for at, file in enumerate(files):
-        digest = hashlib.sha256()
+        digest, nameless, named = hashlib.sha256(), array.array("q"), False
         for number, offset, line in lines(file):
             digest.update(line)
             teacher, question, reason = file.teacher, NONE, ""
@@ -103,15 +125,16 @@ def open_pool(paths: Sequence[str], train: Sequence[Prompt], heldout: Sequence[P
             except ValueError:
                 reason = "malformed"
             else:
-                teacher, question = row.teacher, number_of.get(row.id, NONE)
-                if question == NONE:
-                    reason = "heldout" if row.id in kept_out else "unknown_question"
-                elif not row.text:
-                    question, reason = NONE, "empty"
+                teacher, (question, reason) = row.teacher or file.teacher, judged(row)
+                named |= row.named and row.teacher != ""
+                if not row.named:
+                    nameless.append(len(columns["file"]))
             place = teachers.setdefault(teacher, len(teachers))
             values = (at, number, offset, question, place, REASONS.index(reason))
             for column, value in zip(columns.values(), values, strict=True):
                 column.append(value)
+        for entry in nameless if named else ():
+            columns["question"][entry], columns["reason"][entry] = NONE, REASONS.index("unknown_teacher")
         content.append((file.teacher, digest.hexdigest()))
     return _sorted(files, tuple(teachers), tuple(questions), kept_out, columns, tuple(content))
 

@@ -1,4 +1,4 @@
-"""All choices of the code released with SCAS at once (arXiv 2605.26872)."""
+"""The choices of the code released with SCAS at once (arXiv 2605.26872), and what stays otherwise."""
 
 import dataclasses
 from typing import Any
@@ -32,7 +32,15 @@ def as_released(settings: config.Answers) -> config.Answers:
     | small_pool           | official: a question whose group is empty is     | nearest: the group next to it       |
     |                      | dropped, always so with one answer               |                                     |
 
-    Not reproduced, because a failure would be selected: the score 0 of an answer without ordinary tokens. The released
-    verifier is prompts.verifier="released_rule".
+    Where data.system_prompt is empty, `config.from_config_dict` sets it to the released system text: S depends on it.
+
+    Not reproduced:
+
+    - The blanks that an answer begins with. There it keeps them, and where its first token swallows the prompt's end,
+      the prompt ends earlier for this answer; here they are left out, and all answers to a question follow one prompt.
+    - A second mark of the beginning, of tokenizers that put one before the template's own.
+    - The choice of a d_Q without the header of the assistant's turn; it is with it, as is the default there.
+    - The score 0 of an answer without ordinary tokens, which would be selected.
+    - One verifier for all questions; prompts.verifier="released_rule" is it.
     """
     return dataclasses.replace(settings, **OFFICIAL) if settings.official else settings

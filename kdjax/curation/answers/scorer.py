@@ -50,7 +50,6 @@ FIGURES: dict[str, str] = {
     "head_cross": "<grad_head d_A, grad_head d_Q>",
     "head_question": "||grad_head d_Q||^2",
     "rank_sum": f"sum over A of min(rank, {RANKS}); 1 is the most likely token",
-    "n_ranked": "tokens that have a rank",
     "top_brier": f"mean over A of ||e||^2 with the {TOP} most likely entries, renormalised, for softmax; costs a pass",
 }
 SIMILARITIES = ("sim_aa", "sim_aq", "sim_qq")
@@ -77,14 +76,13 @@ class TokenFigures:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scored:
-    """An answer's figures by name, all NaN with an error (a key of encode.REASONS). truncated: its end was cut off."""
+    """An answer's figures by name, all NaN with an error (a key of encode.REASONS)."""
 
     id: str
     row: str
     teacher: str
     figures: dict[str, float]
     error: str = ""
-    truncated: bool = False
     tokens: TokenFigures | None = None
 
 
@@ -332,7 +330,7 @@ def _scored(
         for number, answer in enumerate(group.answers):
             counted = answer.tokens.counted
             count = int(counted.sum())
-            known: dict[str, float] = {"n_answer": count, "n_question": question, "n_ranked": count}
+            known: dict[str, float] = {"n_answer": count, "n_question": question}
             known |= {name: float(value[row, number]) for name, value in found.items()}
             known = {name: known[name] for name in FIGURES if name in figures}
             if not all(map(math.isfinite, known.values())):
@@ -340,9 +338,9 @@ def _scored(
                 continue
             parts = {name: value[row, number, : len(counted)][counted] for name, value in of_tokens.items()}
             each = TokenFigures(**parts) if tokens else None
-            yield Scored(group.of.id, answer.row, answer.teacher, known, "", answer.truncated, each)
+            yield Scored(group.of.id, answer.row, answer.teacher, known, "", each)
 
 
 def _refused(of: Encoded, answer: EncodedAnswer, error: str, figures: Collection[str]) -> Scored:
     unknown = {name: math.nan for name in FIGURES if name in figures}
-    return Scored(of.id, answer.row, answer.teacher, unknown, error, answer.truncated)
+    return Scored(of.id, answer.row, answer.teacher, unknown, error)

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from kdjax import config, registry
-from kdjax.curation.answers.scores import SCORES, AnswerScore
+from kdjax.curation.answers.scores import SCORES, AnswerScore, lark_weights
 from kdjax.curation.answers.teacher_scores import TEACHER_SCORES, TeacherScore
 
 MIX_LONG = 0.2  # mix: share of the questions with a long answer, long : short = 1 : 4 in the code of 2502.12143
@@ -84,6 +84,13 @@ def _best(ranked: Sequence[Pick], _: config.Answers, __: random.Random) -> list[
     return [dataclasses.replace(ranked[0], group=0)]
 
 
+def _weighted(ranked: Sequence[Pick], settings: config.Answers, draws: random.Random) -> list[Pick]:
+    """One of the three best, as often as LARK weighs it: on average that is the loss of the three by their weights."""
+    sign = -1 if score_of(settings).lower else 1
+    weights = lark_weights([sign * pick.answer.score for pick in ranked])
+    return [dataclasses.replace(draws.choices(ranked, weights)[0], group=0)]
+
+
 def _random(valid: Sequence[Pick], _: config.Answers, draws: random.Random) -> list[Pick]:
     return [draws.choice(valid)]
 
@@ -125,6 +132,7 @@ _FEW = Policy(_random, few=True, none="other_teachers")
 POLICIES: dict[str, Policy] = {
     "group": Policy(_group, scores=True, none="small_pool"),  # of answers.groups of equal size, answers.group; SCAS
     "best": Policy(_best, scores=True),  # the preferred one
+    "weighted": Policy(_weighted, scores=True),  # one of the three best, the better the likelier, 2605.30651
     "random": Policy(_random),
     "all": Policy(_all),
     "shortest": Policy(_shortest, lengths=True),
@@ -141,6 +149,12 @@ def policy_of(settings: config.Answers) -> Policy:
     return registry.lookup(POLICIES, settings.policy, "answers.policy")
 
 
+def score_read(settings: config.Answers) -> str:
+    """The name in answers.score; "" where answers.policy reads no score."""
+    policy = policy_of(settings)
+    return settings.score if policy.scores or policy.teachers else ""
+
+
 def score_of(settings: config.Answers) -> AnswerScore | TeacherScore:
     """What answers.score names: a score of teachers with policy "best_teacher", of answers with the others.
 
@@ -149,7 +163,7 @@ def score_of(settings: config.Answers) -> AnswerScore | TeacherScore:
     of_teachers = policy_of(settings).teachers
     table: Mapping[str, AnswerScore | TeacherScore] = TEACHER_SCORES if of_teachers else SCORES
     if settings.score not in table and settings.score in (SCORES if of_teachers else TEACHER_SCORES):
-        kind, needed = ("teachers", "'group' or 'best'") if of_teachers else ("answers", "'best_teacher'")
+        kind, needed = ("teachers", "'group', 'best' or 'weighted'") if of_teachers else ("answers", "'best_teacher'")
         raise ValueError(
             f"answers.score must rate {kind} with answers.policy={settings.policy!r}, got {settings.score!r}, which is "
             f"for answers.policy={needed}.{registry.did_you_mean(settings.score, table)}"

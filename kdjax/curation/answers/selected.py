@@ -4,7 +4,8 @@
 
 score_key "" and score_value null, score_rank and group 0 where the policy reads no score. The manifest has "sha256" of
 the file, what it depends on, and counts that add up: selected + dropped questions are all, considered + not_drawn
-answers are the admitted ones, valid + errors are the considered ones. With policy "best_teacher" also "teacher_scores",
+answers are the admitted ones, valid + errors are the considered ones. "overlap" is {name of another choice: how much of
+the selection it would have taken}, see rivals.py. With policy "best_teacher" also "teacher_scores",
 {teacher: its score or null}, the best first, "common_questions" and "rated_questions"; see best_teacher.py. With
 "strongest", "teacher" and "best_teacher" the counts have "taken_teachers": whose answers are drawn from, more than one
 where they are equals. With answers.families they have "same_family": how many of the admitted and of the selected
@@ -26,17 +27,21 @@ from typing import Any
 
 from kdjax import config, registry
 from kdjax.curation.answers.best_teacher import Rated
+from kdjax.curation.answers.encode import coding, coding_basis
 from kdjax.curation.answers.pool import Candidate
 from kdjax.curation.answers.released import as_released
-from kdjax.curation.answers.scored import ScoredFile
+from kdjax.curation.answers.rivals import shares
+from kdjax.curation.answers.scored import ScoredFile, ScoredLine
 from kdjax.curation.answers.scores import Context, rate
 from kdjax.curation.answers.select import Chosen, Pick, ScoredAnswer, choose, policy_of
-from kdjax.curation.answers.stage import FOLDER, FORMAT, manifest_of, records
+from kdjax.curation.answers.stage import FOLDER, FORMAT, manifest_of, read_manifest, records
 from kdjax.curation.answers.verify import Admitted, admitted_answers, right_shares
 from kdjax.run_log import write_whole
 
 NAME = "selected"
+COMMAND = "python -m launch.curate"
 Measure = Callable[[Candidate], tuple[int, str]]  # (tokens, why it cannot be trained on or "")
+FREE = ("scored", "families", "rescore_every", "restart")  # fields of answers.* that a selection does not depend on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +69,16 @@ def select(
     measure: Measure | None = None,
     context: Context | None = None,
     rated: Rated | None = None,
+    basis: Mapping[str, Any] | None = None,
     name: str = NAME,
 ) -> dict[str, Any]:
     """Choose for every question, write <workdir>/answers/<name>.jsonl and its manifest; returns the counts.
 
     scored: the student's figures, for policies that read scores. measure: the length of an answer in tokens and why it
     cannot be trained on, for the others; context: of the scores (None: answers.question_share). rated: the teachers,
-    for policy "best_teacher". All questions share one generator of answers.seed. Raises ValueError if what the policy
-    reads is not given or not whole, for an unknown policy, score or teacher, and if nothing is selected.
+    for policy "best_teacher". basis: what else the choice depends on, `basis_of` and "student". All questions share one
+    generator of answers.seed. Raises ValueError if what the policy reads is not given or not whole, for an unknown
+    policy, score or teacher, and if nothing is selected.
     """
     settings = as_released(settings)
     teachers = _taken(settings, admitted, scored, measure, rated)
@@ -82,9 +89,11 @@ def select(
     beside, digest = path.with_name(path.name + ".tmp"), hashlib.sha256()
     with open(beside, "wb") as file:
         for prompt, candidates in admitted_answers(admitted, settings):
-            answers, nlls = _scored(candidates, settings, scored, measure, context)
+            answers, lines = _scored(candidates, settings, scored, measure, context)
             chosen = choose(prompt.id, answers, settings, draws, teachers)
-            tally.add(prompt.id, answers, nlls, chosen)
+            tally.add(prompt.id, answers, lines if policy_of(settings).scores else {}, chosen)
+            if isinstance(chosen, Chosen):
+                tally.compare(shares(prompt.id, chosen, answers, lines, settings))
             for one in _lines(candidates, chosen, settings) if isinstance(chosen, Chosen) else ():
                 line = (json.dumps(dataclasses.asdict(one), ensure_ascii=False, allow_nan=False) + "\n").encode()
                 digest.update(line)
@@ -96,12 +105,12 @@ def select(
         beside.unlink()
         raise ValueError(
             f"answers.policy must leave answers to train on, got none with {settings.policy!r} of "
-            f"{counts['questions']} questions ({counts['dropped']}). Look at answers.small_pool, "
-            "answers.teacher and the errors of the scores."
+            f"{counts['questions']} questions ({counts['dropped']}; answers without use: {counts['errors']}). Look at "
+            "answers.small_pool, answers.teacher and the errors of the scores."
         )
     depends = {"format": FORMAT, "pool": admitted.pool.content, "scored": scored.path.name if scored else ""}
     depends |= {"gradients": rated.file if rated else ""}
-    depends |= {"settings": dataclasses.asdict(settings)}
+    depends |= {"settings": dataclasses.asdict(settings), **(basis or {})}
     os.replace(beside, path)
     of_teachers = rated.record() if rated is not None else {}
     manifest = {"depends": depends, "counts": counts, **of_teachers, "sha256": digest.hexdigest()}
@@ -109,23 +118,69 @@ def select(
     return counts
 
 
-def read_selected(workdir: Path, name: str = NAME) -> Iterator[Selected]:
-    """The answers that are trained on, in the order of the questions' ids. ValueError if they are not there."""
-    path, command = workdir / FOLDER / f"{name}.jsonl", "python -m launch.curate"
+def basis_of(e: config.Experiment, tokenizer: Any, prompts: str) -> dict[str, Any]:
+    """What a selection depends on besides pool, student and answers.*. prompts: `fingerprint` of all that there are."""
+    own = {f"prompts.{name}": getattr(e.prompts, name) for name in ("seed", "heldout_fraction", "verifier")}
+    return {"prompts": prompts, **own, **coding_basis(coding(tokenizer, e.data, as_released(e.answers)))}
+
+
+def read_selected(
+    workdir: Path,
+    name: str = NAME,
+    settings: config.Answers | None = None,
+    basis: Mapping[str, Any] | None = None,
+) -> Iterator[Selected]:
+    """The answers that are trained on, in the order of the questions' ids.
+
+    settings, basis: by which they have to be selected, the latter by `basis_of`; None = whichever. What the manifest of
+    an earlier version does not name is not asked. Raises ValueError that names what differs, and if there are none.
+    """
+    path = workdir / FOLDER / f"{name}.jsonl"
     try:
         manifest = json.loads(manifest_of(path).read_text(encoding="utf-8"))
         with open(path, "rb") as file:
             whole = hashlib.file_digest(file, "sha256").hexdigest() == manifest["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} must hold the selected answers, got none: {error}. Run `{command}` with the same config."
+            f"{path} must hold the selected answers, got none: {error}. Run `{COMMAND}` with the same config."
         ) from error
     if not whole:
         raise ValueError(
             f"{path} must be the file that its manifest is of, got another one; a run was stopped, or somebody wrote "
-            f"there. Run `{command}` again."
+            f"there. Run `{COMMAND}` again."
         )
+    wanted = {} if settings is None else {"settings": dataclasses.asdict(as_released(settings))}
+    _check_made_for(path, manifest["depends"], {**wanted, **(basis or {})})
     return (Selected(**record) for _, record in records(path))
+
+
+def _check_made_for(path: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    def flat(depends: Mapping[str, Any]) -> dict[str, Any]:
+        own = {f"answers.{name}": of for name, of in depends.get("settings", {}).items() if name not in FREE}
+        return own | {name: of for name, of in depends.items() if name != "settings"}
+
+    known, here = flat(there), flat(json.loads(json.dumps(wanted)))  # tuples as JSON has them
+    differing = [
+        f"{name} is {value!r:.80}, there it is {known[name]!r:.80}"
+        for name, value in here.items()
+        if name in known and known[name] != value
+    ]
+    if differing:
+        raise ValueError(
+            f"{path} must hold the answers that this config selects, got another one's: {'; '.join(differing)}. Run "
+            f"`{COMMAND}` with the same config, or undo these changes."
+        )
+
+
+def check_chooser(workdir: Path, student: Callable[[], str]) -> None:
+    """The student with this `params_fingerprint` made the first choice. Raises ValueError if another one did."""
+    path = workdir / FOLDER / f"{NAME}.jsonl"
+    there = read_manifest(path).get("depends", {}).get("student", "")  # "" = the policy reads no student
+    if there and there != (here := student()):
+        raise ValueError(
+            f"student.* must give the student that chose {path}, {there[:12]}, got {here[:12]}; other answers suit "
+            f"another one. Run `{COMMAND}` with the same config, or undo the change."
+        )
 
 
 def teacher_shares(selection: Iterable[Selected]) -> dict[str, float]:
@@ -156,17 +211,23 @@ class _Tally:
         self._teachers: collections.Counter[str] = collections.Counter()
         self._groups: collections.Counter[int] = collections.Counter()
         self._of_group: dict[int, list[float]] = {}
+        self._overlaps: dict[str, list[float]] = {}
         self._questions = self._considered = self._valid = self._forced = self._tokens = 0
 
-    def add(self, question: str, answers: Sequence[ScoredAnswer], nlls: Mapping[str, float], chosen: Any) -> None:
+    def compare(self, shares: Mapping[str, float]) -> None:
+        for name, share in shares.items():
+            self._overlaps.setdefault(name, []).append(share)
+
+    def add(self, question: str, answers: Sequence[ScoredAnswer], lines: Mapping[str, ScoredLine], chosen: Any) -> None:
         self._questions += 1
         self._considered += len(answers)
         self._valid += len(chosen.ranked)
         valid = {pick.answer.row for pick in chosen.ranked}
         self._errors.update(answer.error or "no_score" for answer in answers if answer.row not in valid)
-        for pick in chosen.ranked if nlls else ():
+        for pick in chosen.ranked if lines else ():
             sums = self._of_group.setdefault(pick.group, [0, 0.0, 0.0, 0.0])
-            figures = (1, pick.answer.score, nlls[pick.answer.row], pick.answer.length)
+            nll = lines[pick.answer.row].values.get("answer_nll", math.nan)
+            figures = (1, pick.answer.score, nll, pick.answer.length)
             self._of_group[pick.group] = [a + b for a, b in zip(sums, figures, strict=True)]
         if not isinstance(chosen, Chosen):
             self._dropped.setdefault(chosen.reason, []).append(question)
@@ -202,6 +263,7 @@ class _Tally:
             "valid": self._valid,
             "errors": dict(sorted(self._errors.items())),
             "means_of_groups": of_group,
+            "overlap": {name: math.fsum(of) / len(of) for name, of in self._overlaps.items()},
             "dropped_questions": dict(sorted(self._dropped.items())),
         } | ({"same_family": of_family} if family else {})
 
@@ -275,27 +337,29 @@ def _scored(
     scored: ScoredFile | None,
     measure: Measure | None,
     context: Context,
-) -> tuple[list[ScoredAnswer], dict[str, float]]:
-    """A question's answers as `choose` reads them, and d_A by row where they are scored."""
+) -> tuple[list[ScoredAnswer], dict[str, ScoredLine]]:
+    """A question's answers as `choose` reads them, and the lines of those that are scored by row."""
+    known = {} if scored is None else {one.row: scored[one.row] for one in candidates if one.row in scored}
     if not policy_of(settings).scores or scored is None:
         measured = [(0, "") if measure is None else measure(one) for one in candidates]
-        if scored is not None:
-            measured = [(n, why or scored[one.row].error) for one, (n, why) in zip(candidates, measured, strict=True)]
-        rows = zip(candidates, measured, strict=True)
-        return [ScoredAnswer(one.row, one.teacher, length=n, error=error) for one, (n, error) in rows], {}
-    missing = [one for one in candidates if one.row not in scored]
+        errors = [known[one.row].error if one.row in known else "" for one in candidates]
+        rows = zip(candidates, measured, errors, strict=True)
+        return [
+            ScoredAnswer(one.row, one.teacher, length=n, error=why or other) for one, (n, why), other in rows
+        ], known
+    missing = [one for one in candidates if one.row not in known]
     if missing:
         raise ValueError(
             f"{scored.path} must hold the scores of all admitted answers, got none of {missing[0].row}, by "
             f"{missing[0].teacher!r} to {missing[0].question.id!r}; scoring was stopped. Run the same command again."
         )
-    lines = [scored[one.row] for one in candidates]
+    lines = list(known.values())
     values = rate(settings.score, [None if line.error else line.values for line in lines], context)
     answers = [
         ScoredAnswer(line.row, line.teacher, value, int(_number(line.values.get("n_answer"))), line.error)
         for line, value in zip(lines, values, strict=True)
     ]
-    return answers, {line.row: line.values.get("answer_nll", math.nan) for line in lines}
+    return answers, known
 
 
 def _number(value: float | None) -> float:

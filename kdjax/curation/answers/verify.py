@@ -1,7 +1,8 @@
 """From a pool to the answers that may be selected: admitted.jsonl, a line per row of the pool and why it is not.
 
 {"row", "id", "teacher", "reason": "" if admitted, else one of pool.REASONS}, with "where" (file:line) and "why" of
-those that are not admitted. The manifest counts them by teacher and reason; the counts add up to "rows".
+those that are not admitted, and "truncated": true where the end of an admitted one is cut off. The manifest counts them
+by teacher and reason; the counts add up to "rows". "truncated" is how many of the admitted ones are cut off.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from kdjax import config, verifiers
+from kdjax.curation.answers.encode import Coding, coding_basis, encode_answer, encode_question
 from kdjax.curation.answers.loops import repeated_share
 from kdjax.curation.answers.pool import NONE, REASONS, Candidate, Pool, candidates, digest_of, reader
 from kdjax.curation.answers.released import as_released
@@ -27,7 +29,9 @@ from kdjax.data.prompts import Prompt
 from kdjax.verifiers import Verdict
 
 ADMITTED = "admitted.jsonl"
-RIGHT = ("", "loop", "duplicate", "identical")  # reasons of answers that are right
+# reasons of answers that are right
+RIGHT = ("", "loop", "too_long", "truncated", "special_only", "altered", "duplicate", "identical")
+Unusable = Callable[[Candidate], tuple[str, bool]]
 LONGEST_WHY = 300  # characters
 
 
@@ -46,33 +50,41 @@ def admit(
     settings: config.Answers,
     default_verifier: str,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    of: Coding | None = None,
+    needed: bool = True,
 ) -> Admitted:
-    """Verify the answers of a pool, question after question, and leave out loops and what is there twice.
+    """Verify the answers of a pool, question after question; leave out loops, what has no use, what is there twice.
+
+    of: by which an answer has to be usable, else one that is too long would keep a usable one of its teacher out as its
+    duplicate; None = nobody trains on them.
 
     Goes on where it was killed; where nothing is left to do it only reads. What was found for another pool, other
     prompts, verifiers or settings is dropped. on_progress(rows that are done, all). A question that its verifier cannot
-    check has undecided answers. Raises ValueError for an unknown verifier, and if no answer is admitted.
+    check has undecided answers. Raises ValueError for an unknown verifier, and with `needed` if no answer is admitted.
     """
     settings = as_released(settings)
     path = workdir / FOLDER / ADMITTED
-    reason = pool.reason.copy()
-    with open_stage(path, _depends(pool, settings, default_verifier), renew=True) as stage, reader(pool) as read:
-        done = _known(path, pool, reason)
+    reason, cut = pool.reason.copy(), np.zeros(len(pool), bool)
+    with open_stage(path, _depends(pool, settings, default_verifier, of), renew=True) as stage, reader(pool) as read:
+        done = _known(path, pool, reason, cut)
         for row in range(done, pool.of(NONE).stop):
             stage.append(_line_of_none(pool, read, row))
         for question in range(len(pool.questions)):
             rows = pool.of(question)
             if rows.stop > max(done, rows.start):
                 found = candidates(pool, read, question)
-                _judge(stage, pool, rows, found, reason, done, settings, default_verifier)
+                unusable = _unusable(pool.questions[question], of)
+                _judge(stage, pool, rows, found, reason, cut, done, settings, default_verifier, unusable)
                 on_progress(rows.stop, len(pool))
-        counts = _count(pool, reason)
+        counts = _count(pool, reason) | {"truncated": int(cut.sum())}
         stage.finish(counts)
-    if not counts["reasons"][""]:
+    if needed and not counts["reasons"][""]:
         why = ", ".join(f"{name} {count}" for name, count in counts["reasons"].items() if count)
         raise ValueError(
             f"answers.pool must hold right answers to the train prompts, got none in {len(pool)} rows ({why}); {path} "
-            "says why of each. Look at prompts.path, prompts.verifier and the files."
+            f"says why of each. Look at prompts.path, prompts.verifier{f', data.seq_len={of.seq_len}' if of else ''} "
+            "and the files."
         )
     return Admitted(pool, reason, counts)
 
@@ -112,19 +124,21 @@ def right_shares(admitted: Admitted) -> dict[str, float]:
     return {name: float(of) / questions for name, of in zip(pool.teachers, total, strict=True)}
 
 
-def _depends(pool: Pool, settings: config.Answers, default_verifier: str) -> dict[str, Any]:
+def _depends(pool: Pool, settings: config.Answers, default_verifier: str, of: Coding | None) -> dict[str, Any]:
     names = ("duplicates", "identical", "loops")
     depends = {
         "pool": pool.content,
+        "reasons": REASONS,
         "heldout": hashlib.sha256("\n".join(sorted(pool.heldout)).encode()).hexdigest(),
         "abilities": verifiers.abilities(),
+        "coding": coding_basis(of) if of is not None else {},
         **{name: getattr(settings, name) for name in names},
     }
     return basis_of(depends, pool.questions, default_verifier)
 
 
-def _known(path: Path, pool: Pool, reason: np.ndarray) -> int:
-    """How many rows are in the file; their reasons are put into `reason`."""
+def _known(path: Path, pool: Pool, reason: np.ndarray, cut: np.ndarray) -> int:
+    """How many rows are in the file; their reasons are put into `reason`, and whether they are truncated into `cut`."""
     number = -1
     for number, (_, record) in enumerate(records(path)):
         known = number < len(pool) and record.get("teacher") == pool.teachers[pool.teacher[number]]
@@ -133,7 +147,7 @@ def _known(path: Path, pool: Pool, reason: np.ndarray) -> int:
                 f"{path}, line {number + 1} must be of row {number + 1} of the pool, got {record!r:.80}; somebody "
                 "wrote there. Remove the file, and the pool is verified anew."
             )
-        reason[number] = REASONS.index(record["reason"])
+        reason[number], cut[number] = REASONS.index(record["reason"]), record.get("truncated", False)
     return number + 1
 
 
@@ -146,7 +160,8 @@ def _line_of_none(pool: Pool, read: Callable[[int], PoolRow], row: int) -> dict[
         why = str(error)
     else:
         line |= {"row": digest_of(said.id, said.teacher, said.text), "id": said.id}
-        why = said.failed
+        other = REASONS[pool.reason[row]] == "other_question"
+        why = f"it asks {said.question or said.asks!r}" if other else said.failed
     return line | _because(pool, row, why)
 
 
@@ -156,23 +171,29 @@ def _judge(
     rows: range,
     found: list[Candidate],
     reason: np.ndarray,
+    cut: np.ndarray,
     done: int,
     settings: config.Answers,
     default_verifier: str,
+    unusable: Unusable,
 ) -> None:
-    """Append the lines of a question's rows from number `done` on; `reason` has those before it, and gets the rest."""
+    """Append the lines of a question's rows from number `done` on; those before it are in `reason` and `cut`."""
     answered: set[str] = set()
     said_by: dict[str, str] = {}
     for row, one in zip(rows, found, strict=True):
         text = _same(one.text)
         if row >= done:
             name, why = _reason(one, settings, default_verifier)
+            error, long = unusable(one) if not name else ("", False)
+            name = name or error
             if not name and settings.duplicates == "first" and one.teacher in answered:
                 name = "duplicate"
             elif not name and settings.identical == "first" and said_by.get(text, one.teacher) != one.teacher:
                 name, why = "identical", f"{said_by[text]} says the same"
-            reason[row] = REASONS.index(name)
-            line = {"row": one.row, "id": one.question.id, "teacher": one.teacher, "reason": name}
+            reason[row], cut[row] = REASONS.index(name), long and not name
+            line: dict[str, Any] = {"row": one.row, "id": one.question.id, "teacher": one.teacher, "reason": name}
+            if cut[row]:
+                line["truncated"] = True
             stage.append(line | _because(pool, row, why) if name else line)
         if not reason[row]:
             answered.add(one.teacher)
@@ -191,6 +212,19 @@ def _reason(one: Candidate, settings: config.Answers, default_verifier: str) -> 
         if share > settings.loops:
             return "loop", f"{share:.2f} of its words repeat"
     return "", ""
+
+
+def _unusable(question: Prompt, of: Coding | None) -> Unusable:
+    """(an answer to it) -> why the student cannot be trained on it, "" = it can; whether its end is cut off then."""
+    if of is None:
+        return lambda one: ("", False)
+    asked = encode_question(question, of)
+
+    def unusable(one: Candidate) -> tuple[str, bool]:
+        found = encode_answer(one, asked, of)
+        return found.error, found.truncated
+
+    return unusable
 
 
 def _because(pool: Pool, row: int, why: str) -> dict[str, str]:

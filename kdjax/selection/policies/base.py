@@ -104,6 +104,12 @@ def budget(fraction: float, eligible: int) -> int:
     return min(eligible, max(1, -(-wanted.numerator // wanted.denominator)))
 
 
+def enough_for(count: int, fraction: float) -> int:
+    """The least n of which floor(fraction * n) is `count`: ceil(count / fraction), in exact arithmetic."""
+    wanted = count / exact(fraction)
+    return -(-wanted.numerator // wanted.denominator)
+
+
 def budgets(fraction: float, count: Int[Array, "B"], positions: int) -> Int[Array, "B"]:
     """`budget` of each row's number of eligible positions, by a table of exact values for 0..positions."""
     table = np.array([budget(fraction, n) for n in range(positions + 1)], np.int32)

@@ -4,7 +4,7 @@ import numpy as np
 
 from kdjax.curation.answers.encode import Encoded, EncodedAnswer, Tokens
 
-VOCAB = 96
+VOCAB = 160  # so that some ranks are beyond scorer.RANKS
 SIZES = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2,
@@ -82,7 +82,6 @@ def oracle(logits, hidden, states, asked, answer, alignment="token"):
         "head_cross": np.sum(whole * asked_whole),
         "head_question": np.sum(asked_whole**2),
         "rank_sum": np.minimum(ranks, 100).sum(),
-        "n_ranked": k,
         "top_brier": np.mean(np.sum((top / top.sum(1, keepdims=True)) ** 2, 1) - 2 * chosen + 1),
     }
     share = np.array([np.sum(np.outer(e[i], h[i]) / k * whole) for i in range(k)])

@@ -4,7 +4,7 @@
 
 Eight questions, each with 13 right answers in other styles. Figures are those of plain_llama.py, from whole logits;
 gradients are those of kdjax/curation/answers/gradients.py. About ten minutes on two cores that others use too.
-test_answer_correlation.py reads the file, and measures one answer anew.
+test_answer_correlation.py reads the file, and measures one answer anew as a run does.
 """
 
 import json

@@ -90,6 +90,5 @@ def figures(cfg, params, tokens, answer, question):
         "head_cross": jnp.vdot(own, asked),
         "head_question": jnp.vdot(asked, asked),
         "rank_sum": jnp.vdot(a[1:], jnp.minimum(above + 1, 100).astype(a.dtype)),
-        "n_ranked": n,
         "top_brier": jnp.vdot(a[1:], top_brier) / n,
     }

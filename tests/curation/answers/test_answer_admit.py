@@ -1,5 +1,6 @@
 """From files to the answers that may be selected: every row has one reason, nothing is judged twice, memory is flat."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,12 +15,14 @@ import pytest
 from written_pools import HELDOUT, QUESTIONS, SETTINGS, admitted, index, lines_of, right, row, write, write_teachers
 
 from kdjax import verifiers
-from kdjax.config import Answers
+from kdjax.config import Answers, Data
+from kdjax.curation.answers.encode import coding
 from kdjax.curation.answers.loops import repeated_share
-from kdjax.curation.answers.pool import NONE, REASONS, candidates, digest_of, reader
-from kdjax.curation.answers.verify import admitted_answers, right_shares
-from kdjax.data.prompts import Prompt
+from kdjax.curation.answers.pool import NONE, REASONS, candidates, digest_of, open_pool, reader
+from kdjax.curation.answers.verify import admit, admitted_answers, right_shares
+from kdjax.data.prompts import Prompt, question_digest
 from kdjax.generation.store import Rollout, open_store
+from kdjax.models.synthetic import make_tokenizer
 from kdjax.verifiers import Finding, Verdict
 
 ONE = QUESTIONS[1]
@@ -96,6 +99,46 @@ def test_every_row_has_one_reason_and_counts_add_up(tmp_path, judged):
     assert len(judged) == 8
 
 
+def test_answers_of_nobody_and_to_other_questions(tmp_path, judged):
+    """A name is missing where others have one, or blank; an id is one of the prompts', but another question's there."""
+    paris = dataclasses.replace(ONE, prompt="What is the capital of France?")
+    quick = dataclasses.replace(ONE, prompt=ONE.prompt + " Be quick.")
+    turns = ({"role": "system", "content": "Add."}, {"role": "user", "content": QUESTIONS[2].prompt + " Be quick."})
+    write(
+        tmp_path / "p" / "all.jsonl",
+        [
+            row(ONE, "nameless"),
+            row(ONE, "a", teacher="ada"),
+            row(ONE, "blank", teacher="  "),
+            row(paris, "b", teacher="bob"),
+            row(quick, "c", teacher="cy"),
+            row(QUESTIONS[2], "d", teacher="dee"),
+        ],
+    )
+    write(tmp_path / "p" / "eve.jsonl", [row(ONE, "named by the file"), row(ONE, "blank", teacher="")])
+    with open_store(tmp_path / "p" / "mid", {"model": "m"}, {}) as store:
+        store.append(Rollout("q1", 0, "to this", "stop", asks=question_digest(ONE)))
+        store.append(Rollout("q1", 1, "to another", "stop", asks=question_digest(paris)))
+    train = [quick, dataclasses.replace(QUESTIONS[2], prompt=turns)]
+    pool = open_pool([str(tmp_path / "p")], train, [], " Be quick.")
+    found = admit(tmp_path, pool, Answers(), "says")
+    assert texts(found) == {
+        "q1": [("ada", "a"), ("cy", "c"), ("eve", "named by the file"), ("mid", "to this")],
+        "q2": [("dee", "d")],
+    }
+    assert found.counts["reasons"] == dict.fromkeys(REASONS, 0) | {"": 5, "unknown_teacher": 3, "other_question": 2}
+    assert found.counts["teachers"]["all"]["unknown_teacher"] == 2, "counted with the file"
+    listed = lines_of(tmp_path / "answers" / "admitted.jsonl")
+    refused = [(one["reason"], one["where"].rpartition("/")[2], one.get("why")) for one in listed if one["reason"]]
+    assert refused == [
+        ("unknown_teacher", "all.jsonl:1", None),
+        ("unknown_teacher", "all.jsonl:3", None),
+        ("other_question", "all.jsonl:4", "it asks 'What is the capital of France?'"),
+        ("unknown_teacher", "eve.jsonl:2", None),
+        ("other_question", "rollouts.jsonl:2", f"it asks {question_digest(paris)!r}"),
+    ]
+
+
 def test_row_digests_are_of_question_teacher_and_text(tmp_path):
     write(tmp_path / "ada.jsonl", [row(ONE, "2"), row(ONE, "2"), row(QUESTIONS[2], "2")])
     pool = index(tmp_path)
@@ -125,6 +168,25 @@ def test_what_is_there_twice(tmp_path, judged, settings, kept):
     write(tmp_path / "p" / "bob.jsonl", [row(ONE, "x")])
     write(tmp_path / "p" / "cy.jsonl", [row(ONE, "l l l"), row(ONE, "z")])
     assert texts(admitted(tmp_path, tmp_path / "p", settings=settings, verifier="says"))["q1"] == kept
+
+
+def test_answers_that_are_cut_off_are_listed_and_counted(tmp_path, judged):
+    """Those that are kept so; a stop in between loses no count."""
+    write_teachers(tmp_path / "p", answer=lambda question, number: "so " * 2**number)
+    data = Data(seq_len=len(f"{ONE.prompt}\nso so "), chat_template=False)
+
+    def counts(truncated):
+        settings = Answers(truncated=truncated, loops=1.0)
+        of = coding(make_tokenizer(), data, settings)
+        return admitted(tmp_path, tmp_path / "p", settings=settings, verifier="says", of=of).counts
+
+    assert (counts("drop")["truncated"], counts("drop")["reasons"]["truncated"]) == (0, 12)
+    kept = counts("keep")
+    assert (kept["truncated"], kept["reasons"][""], kept["reasons"]["truncated"]) == (12, 18, 0)
+    path = tmp_path / "answers" / "admitted.jsonl"
+    assert {one["teacher"] for one in lines_of(path) if one.get("truncated")} == {"bob", "cy"}
+    path.write_bytes(path.read_bytes()[:900])
+    assert counts("keep") == kept
 
 
 def test_loops():

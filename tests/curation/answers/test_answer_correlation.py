@@ -3,13 +3,22 @@
 import math
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
 
+from kdjax.build.parts import language_model
+from kdjax.config import Answers, Data
 from kdjax.curation.answers.correlation import agreements, table
+from kdjax.curation.answers.encode import coding, encode
+from kdjax.curation.answers.measure import make_measurer
+from kdjax.curation.answers.pool import Candidate
 from kdjax.curation.answers.scores import SCORES, rate
-from kdjax.models import fetch
+from kdjax.data.prompts import Prompt
+from kdjax.models import fetch, io
+from kdjax.models.tokenizer import load_tokenizer
+from kdjax.sharding import Rules
 from tests.curation.answers import measure_styles
 
 QUESTION = ["a"] * 4 + ["b"] * 4 + ["c"] * 3
@@ -121,8 +130,17 @@ def test_who_orders_answers_as_the_whole_gradient_does(styles):
 
 @pytest.mark.real_model
 def test_the_figures_are_those_of_the_model(styles):
+    """As a run measures them; those of the file are of whole logits."""
     if not (fetch.cache_dir() / pathlib.Path(fetch.SMOLLM2_MEMBER).name).is_file():
         pytest.skip("the 135M model is not in the model cache; fetch it with kdjax.models.fetch.smollm2()")
     stored = next(line for line in styles if line["style"] == "equation")
-    (anew,) = measure_styles.measure([stored])
-    assert anew["figures"] == pytest.approx(stored["figures"], rel=1e-3)
+    loaded, of = io.load_model("smollm2-135m"), coding(load_tokenizer("smollm2-135m"), Data(), Answers())
+    model = language_model(loaded.cfg, Rules(), loaded.cfg.vocab_size, jnp.float32)
+    question = Prompt("q", stored["question"])
+    encoded = encode(question, [Candidate(question, "t", stored["text"], "r")], of)
+    measure = make_measurer(model, Answers(), of, needs=("top_brier", "gradient_norm"))
+    (found,) = measure(loaded.params, [(encoded, {"r": stored["text"]})])
+    figures = dict(found.figures)
+    figures["gradient_square"] = figures.pop("gradient_norm") ** 2
+    wanted = {name: value for name, value in stored["figures"].items() if name != "up_square"}
+    assert figures == pytest.approx(wanted, rel=1e-3)

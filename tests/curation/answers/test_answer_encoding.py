@@ -1,14 +1,16 @@
 """Ids of questions and answers: what counts, why an answer is refused, and that training reads the very same."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
 from kdjax.build import asked as asking
-from kdjax.config import Answers, Data, Experiment
+from kdjax.config import Answers, Data, Experiment, Generation, OnPolicy, Prompts, default_config, from_config_dict
 from kdjax.curation.answers.encode import REASONS, coding, encode, encode_answer, encode_question
 from kdjax.curation.answers.pool import Candidate
+from kdjax.curation.answers.released import as_released
 from kdjax.data.prompts import Prompt
 from kdjax.generation.store import LENGTH, STOP, Rollout
 from kdjax.models.synthetic import make_tokenizer
@@ -84,6 +86,30 @@ def test_a_cut_off_answer_may_be_kept(tokenizer):
     assert answer(code(tokenizer, n, truncated="keep"), "12345").error == "too_long"
 
 
+def released(**values):
+    config = default_config()
+    config.update_from_flattened_dict({"answers.official": True} | values)
+    return from_config_dict(config)
+
+
+def test_official_reads_what_the_released_code_reads(tokenizer):
+    """Question and answer in a row are the whole chat as the template writes it, with the released system text."""
+    e = released()
+    of = coding(tokenizer, e.data, as_released(e.answers))
+    found = encode(PROMPT, [Candidate(PROMPT, "t", "It is 2.", "r")], of)
+    turns = [("system", "You are a helpful assistant."), ("user", "1+1?"), ("assistant", "It is 2.")]
+    chat = [{"role": role, "content": text} for role, text in turns]
+    whole = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+    assert [*found.question.ids, *found.answers[0].tokens.ids] == whole
+    assert found.answers[0].tokens.counted.tolist() == [True] * len("It is 2.") + [False, True]
+
+
+def test_a_system_text_that_is_given_stays():
+    assert released(**{"data.system_prompt": "Be short."}).data.system_prompt == "Be short."
+    assert released(**{"data.chat_template": False}).data.system_prompt == ""
+    assert released(**{"answers.official": False}).data.system_prompt == ""
+
+
 def test_training_reads_the_same(tokenizer):
     """Token for token: the rows that the step gets, whose targets are A and the end."""
     e = dataclasses.replace(
@@ -105,6 +131,21 @@ def test_training_reads_the_same(tokenizer):
             assert targets == [*one.tokens.ids.tolist(), *end]
             before = rows.tokens[at][: int(np.argmax(rows.loss_mask[at]))]
             assert before.tolist() == question.ids.tolist()
+
+
+@pytest.mark.parametrize(("answers", "fraction"), [("pool", 0.5), ("gold", 0.0)])
+def test_a_question_without_room_is_passed_over_where_answers_are_selected(tokenizer, tmp_path, answers, fraction):
+    """launch.curate selects no answer to it; own answers and gold ones are of every question."""
+    path = tmp_path / "p.jsonl"
+    asked = [{"id": str(n), "prompt": f"{n}?" + "x" * (n == 3) * 40, "answer": "1"} for n in range(4)]
+    path.write_text("".join(json.dumps(one) + "\n" for one in asked))
+    prompts = Prompts(path=str(path), heldout_fraction=0, answers="pool")
+    e = dataclasses.replace(Experiment(), data=Data(seq_len=32, chat_template=False), prompts=prompts)
+    assert len(asking.load_asked(e, tokenizer, None).train) == 4
+    e = dataclasses.replace(e, prompts=dataclasses.replace(prompts, answers=answers))
+    e = dataclasses.replace(e, on_policy=OnPolicy(fraction=fraction), generation=Generation(new_tokens=8))
+    with pytest.raises(ValueError, match=r"^data\.seq_len must hold the longest prompt and its answer, got 32 .* '3'"):
+        asking.load_asked(e, tokenizer, None)
 
 
 def test_a_tokenizer_without_an_end_is_refused(tokenizer):

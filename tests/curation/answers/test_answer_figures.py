@@ -68,3 +68,4 @@ def test_figures_are_those_of_plain_rows(family, tmp_path):
                 for name, values in of_tokens.items():
                     np.testing.assert_allclose(getattr(got.tokens, name), values, rtol=2e-4, atol=1e-5, err_msg=name)
         assert want["sim_aa"] < 0.99  # there is something to see
+        assert max(max(each.tokens.rank) for each in found.values()) > 100  # where sums of ranks have it as 100

@@ -1,5 +1,6 @@
 """Groups, draws and the other policies on answers that are made up; then the file of a choice, from a pool on disk."""
 
+import collections
 import dataclasses
 import json
 import math
@@ -155,6 +156,8 @@ def test_what_each_policy_takes():
         drawn = [taken(policy, seed, ("t04", "t07"))[0] for seed in range(200)]
         assert 70 < drawn.count("t04") == 200 - drawn.count("t07") < 130, "each alike"
     assert len({taken("random", seed)[0] for seed in range(60)}) == 10
+    weighted = [taken("weighted", seed)[0] for seed in range(1200)]  # scores 0, 1, 2, the next 3: weights 3, 2, 1 of 6
+    assert [round(weighted.count(f"t{n:02}") / 200) for n in range(10)] == [3, 2, 1, 0, 0, 0, 0, 0, 0, 0]
     mixed = [taken("mix", seed) for seed in range(1000)]
     assert {name for (name,) in mixed} == {"t00", "t09"}
     assert 150 < sum(name == ["t09"] for name in mixed) < 250, "one in five is long"
@@ -167,6 +170,10 @@ def test_high_scores_are_preferred_where_the_score_says_so():
         for policy, group in (("best", 1), ("group", 1)):
             settings = Answers(policy=policy, score=score, groups=10, group=group)
             assert teachers(choose("q", answers(10), settings, random.Random(0))) == [first]
+        weighted = (
+            choose("q", answers(10), Answers(policy="weighted", score=score), random.Random(s)) for s in range(99)
+        )
+        assert collections.Counter(teachers(chosen)[0] for chosen in weighted).most_common(1)[0][0] == first
 
 
 def test_ties_go_by_teacher_then_row():
@@ -416,6 +423,39 @@ def test_overlap_of_selections(tmp_path, pool):
 
     assert (shared("short", "ada"), shared("ada", "bob"), shared("all", "bob")) == (1.0, 0.0, pytest.approx(1 / 3))
     assert math.isnan(overlap([], []))
+
+
+def test_the_overlap_with_a_rival_is_that_with_its_selection(tmp_path):
+    """All answers are equally long, and ties go by teacher; an answer that is not admitted any more has no say."""
+    write_teachers(tmp_path / "pool", answer=lambda question, at: f"{TEACHERS[at]} says {question.answer}.")
+    pool = admitted(tmp_path, tmp_path / "pool")
+    draws = random.Random(3)
+    with open_scored(tmp_path / "answers" / "scored-1.jsonl", {}) as scored:
+        for prompt, found in admitted_answers(pool, Answers()):
+            for one in found:
+                figures = {"answer_nll": draws.uniform(1, 2), "n_answer": 3.0, "rank_sum": draws.uniform(3, 30)}
+                known = (prompt.id, one.teacher) != ("q5", "ada")
+                scored.append(one.row, prompt.id, one.teacher, figures if known else None, "" if known else "altered")
+            scored.append(f"{int(prompt.id[1:]):016x}", prompt.id, "gone", dict.fromkeys(figures, 0.5))
+        choices = {name: Answers(policy="best", score=name) for name in ("grape", "rsr")}
+        choices |= {name: Answers(policy=name) for name in ("all", "random", "shortest")}
+        found = {
+            name: select(tmp_path, pool, settings, scored=scored, measure=lambda one: (3, ""), name=name)
+            for name, settings in choices.items()
+        }
+    shares = teacher_shares(read_selected(tmp_path, "shortest"))
+    assert shares == {"ada": pytest.approx(5 / 6), "bob": pytest.approx(1 / 6)}
+    for name, counts in found.items():
+        rivals = {"grape", "rsr", "shortest"} - {name}
+        expected = {
+            rival: pytest.approx(overlap(read_selected(tmp_path, name), read_selected(tmp_path, rival)))
+            for rival in rivals
+        }
+        if name != "random":
+            expected["random"] = pytest.approx((5 / 3 + 1 / 2) / 6)  # of three, and of two where one has an error
+        assert counts["overlap"] == expected, name
+    assert 0 < found["rsr"]["overlap"]["grape"] < 1
+    assert select(tmp_path, pool, Answers(policy="all"))["overlap"] == {"random": pytest.approx(1 / 3)}, "no lengths"
 
 
 def test_ids_are_taken_in_the_order_of_their_json(tmp_path):
