@@ -114,7 +114,12 @@ def test_figures_table_and_order():
     assert [its["href"] for its in page.of("a")] == ["#answer0", "#answer1", "#answer2"]
     assert len(page.of("article", "chosen")) == len(page.of("tr", "chosen")) == 1
     assert "3 answers, 2 of them ranked by scas, lowest first. Selected: a." in page.text
-    for said in ("Answers to item-17", "41 tokens; mean NLL 2.31 nats; CQQ 2.67; HQQ 0.250", "Reference answer: 7", "It is 8."):
+    for said in (
+        "Answers to item-17",
+        "41 tokens; mean NLL 2.31 nats; CQQ 2.67; HQQ 0.250",
+        "Reference answer: 7",
+        "It is 8.",
+    ):
         assert said in page.text
 
 

@@ -75,11 +75,15 @@ def killed(arguments, file, at_least, folder):
 
 
 def digests(workdir):
-    """What has to be the same however often it was killed; rollouts.jsonl may have another order."""
+    """What has to be the same however often it was killed; rollouts.jsonl may have another order.
+
+    Log-probabilities are rounded: an answer that began beside others has them summed in another order.
+    """
     found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in workdir.glob("[pw]*.json*")}
-    for name in ("rollouts/rollouts.jsonl", "verified.jsonl"):
-        found[name] = sorted((workdir / name).read_text().splitlines())
-    return found
+    found["verified.jsonl"] = sorted((workdir / "verified.jsonl").read_text().splitlines())
+    answers = [json.loads(line) for line in (workdir / "rollouts" / "rollouts.jsonl").read_text().splitlines()]
+    answers.sort(key=lambda answer: (answer["id"], answer["sample"]))
+    return found | {"answers": [answer | {"logp": round(answer["logp"], 4)} for answer in answers]}
 
 
 def test_a_kill_in_the_answers_and_one_in_the_verdicts_change_nothing(call, text, tmp_path):

@@ -15,7 +15,7 @@ from kdjax.config import default_config, from_config_dict
 from kdjax.data import abstract_batch, train_iterator
 from kdjax.generation.batching import padded_width
 from kdjax.models import synthetic
-from kdjax.models.decoder_cached import init_cache, spread_cache
+from kdjax.models.decoder_cached import init_cache
 from tests.launch import launched
 
 
@@ -87,8 +87,7 @@ def test_what_own_answers_take(experiment):
     cfg = synthetic.config()
     found = generation_figures(e, cfg)
     width = padded_width(60)
-    read = jax.eval_shape(lambda: init_cache(cfg, 6, width, jax.numpy.float32))
-    made = jax.eval_shape(lambda cache: spread_cache(cache, 1, width + 10), read)
+    read, made = (jax.eval_shape(lambda c=c: init_cache(cfg, 6, c, jax.numpy.float32)) for c in (width, width + 10))
     leaves = [leaf for cache in (read, made) for leaf in jax.tree.leaves((cache.keys, cache.values))]
     assert found["own_answers_cache_bytes_at_most"] == sum(leaf.size * 4 for leaf in leaves)
     assert found["own_tokens_a_block_at_most"] == 3 * 4 * 10

@@ -64,7 +64,7 @@ def train(run, monkeypatch, **fields):
 
 
 def test_killed_in_the_midst_of_a_block(make_run, monkeypatch, tmp_path):
-    (tmp_path / "slow_verifier.py").write_text(VERIFIER)
+    (tmp_path / "hanging_verifier.py").write_text(VERIFIER)
     questions = [{"id": str(i), "prompt": f"{i} + {i} = ?", "answer": str(2 * i)} for i in range(30)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in questions))
     monkeypatch.syspath_prepend(tmp_path)
@@ -72,7 +72,7 @@ def test_killed_in_the_midst_of_a_block(make_run, monkeypatch, tmp_path):
     monkeypatch.setenv("HANGS_AT", "0")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", str(jax.device_count()))  # as here: threads decide how sums are cut
-    fields = {"prompts__path": str(tmp_path / "prompts.jsonl"), "prompts__verifier": "slow_verifier:judge"}
+    fields = {"prompts__path": str(tmp_path / "prompts.jsonl"), "prompts__verifier": "hanging_verifier:judge"}
     calm, hurt, size = make_run("calm"), make_run("hurt"), 2 * 4
     asked, weights = train(calm, monkeypatch, **fields)
     assert [number for number, _ in asked] == list(range(len(asked)))

@@ -211,12 +211,13 @@ class _Tally:
         self._teachers: collections.Counter[str] = collections.Counter()
         self._groups: collections.Counter[int] = collections.Counter()
         self._of_group: dict[int, list[float]] = {}
-        self._overlaps: dict[str, list[float]] = {}
+        self._overlaps: dict[str, tuple[int, float]] = {}
         self._questions = self._considered = self._valid = self._forced = self._tokens = 0
 
     def compare(self, shares: Mapping[str, float]) -> None:
         for name, share in shares.items():
-            self._overlaps.setdefault(name, []).append(share)
+            questions, before = self._overlaps.get(name, (0, 0.0))
+            self._overlaps[name] = questions + 1, before + share
 
     def add(self, question: str, answers: Sequence[ScoredAnswer], lines: Mapping[str, ScoredLine], chosen: Any) -> None:
         self._questions += 1
@@ -263,7 +264,7 @@ class _Tally:
             "valid": self._valid,
             "errors": dict(sorted(self._errors.items())),
             "means_of_groups": of_group,
-            "overlap": {name: math.fsum(of) / len(of) for name, of in self._overlaps.items()},
+            "overlap": {name: of / count for name, (count, of) in self._overlaps.items()},
             "dropped_questions": dict(sorted(self._dropped.items())),
         } | ({"same_family": of_family} if family else {})
 
