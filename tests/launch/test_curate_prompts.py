@@ -75,15 +75,16 @@ def killed(arguments, file, at_least, folder):
 
 
 def digests(workdir):
-    """What has to be the same however often it was killed; rollouts.jsonl may have another order.
-
-    Log-probabilities are rounded: an answer that began beside others has them summed in another order.
-    """
+    """What has to be the same however often it was killed; rollouts.jsonl may have another order."""
     found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in workdir.glob("[pw]*.json*")}
     found["verified.jsonl"] = sorted((workdir / "verified.jsonl").read_text().splitlines())
-    answers = [json.loads(line) for line in (workdir / "rollouts" / "rollouts.jsonl").read_text().splitlines()]
-    answers.sort(key=lambda answer: (answer["id"], answer["sample"]))
-    return found | {"answers": [answer | {"logp": round(answer["logp"], 4)} for answer in answers]}
+    return found | {"answers": [answer | {"logp": 0.0} for answer in answers(workdir)]}
+
+
+def answers(workdir):
+    """Rollouts by prompt and number. Of one that began later log-probabilities are summed in another order."""
+    found = [json.loads(line) for line in (workdir / "rollouts" / "rollouts.jsonl").read_text().splitlines()]
+    return sorted(found, key=lambda answer: (answer["id"], answer["sample"]))
 
 
 def test_a_kill_in_the_answers_and_one_in_the_verdicts_change_nothing(call, text, tmp_path):
@@ -111,6 +112,8 @@ def test_a_kill_in_the_answers_and_one_in_the_verdicts_change_nothing(call, text
     assert call("curate", *typed(workdir, text)).splitlines()[:-2] == out[:-2]
     assert len(slow_verifier.asked) == prompts + 4 * prompts - judged  # each prompt is looked at before all else
     assert digests(workdir) == whole
+    calm, hurt = ([answer["logp"] for answer in answers(tmp_path / name)] for name in ("whole", "killed"))
+    assert hurt == pytest.approx(calm, rel=1e-5)
 
 
 def test_runs_of_one_student_may_share_its_answers(call, text, tmp_path):
