@@ -1,7 +1,7 @@
 """Many prompts of all lengths in, texts out as they finish: batches of one compiled shape, stop strings, cut texts.
 
 Prompts are read a batch at a time; where an answer has finished, the next that waits takes its row. What an answer says
-depends on its prompt, its name, its number and the seed; not on the answers beside it.
+depends on its prompt, its name, its number and the seed; not on the answers beside it, but for rounding.
 """
 
 from __future__ import annotations
