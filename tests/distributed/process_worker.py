@@ -5,38 +5,14 @@ second sleeps through. What they say is in FOLDER; printed are the id of each an
 """
 
 import gc
-import importlib.util
+import importlib
 import json
 import os
 import pathlib
 import sys
 import time
-import warnings
 
-from absl import flags
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def run_script(script, *arguments):
-    """Its main() in this process, with these flags."""
-    before, sys.argv = sys.argv, [f"launch/{script}.py", *map(str, arguments)]
-    known = set(flags.FLAGS)
-    spec = importlib.util.spec_from_file_location(f"launched_{script}", ROOT / "launch" / f"{script}.py")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        with warnings.catch_warnings():  # ml_collections loads the config file in an outdated way
-            warnings.filterwarnings("ignore", r"the load_module\(\) method is deprecated", DeprecationWarning)
-            flags.FLAGS(sys.argv)
-    finally:
-        made = set(flags.FLAGS) - known
-    try:
-        return module.main()
-    finally:
-        sys.argv = before
-        for name in made:  # the scripts share flag names; what the libraries define in main stays
-            delattr(flags.FLAGS, name)
+from tests.launch import launched
 
 
 def begin(index, folder, scenes, arguments):
@@ -49,7 +25,7 @@ def begin(index, folder, scenes, arguments):
     for number, (script, *own) in enumerate(scenes):
         if index and number == len(scenes) - 1:  # until somebody ends it
             time.sleep(600)
-        run_script(script, *own, *arguments, f"--process={index}")
+        launched.run(script, *own, *arguments, f"--process={index}")
         print(f"{script} {number} is done", flush=True)
     sys.exit()
 

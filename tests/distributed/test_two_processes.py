@@ -24,7 +24,6 @@ import time
 import jax
 import numpy as np
 import pytest
-from process_worker import ROOT, run_script
 
 from kdjax import models
 from kdjax.config import Prompts
@@ -32,6 +31,7 @@ from kdjax.data.prompts import load_prompts
 from kdjax.data.styles import STYLES, scripted
 from kdjax.models import synthetic
 from kdjax.models.hf_io import save_hf
+from tests.launch import launched
 
 LOST_SECONDS = 20
 STEPS = 4
@@ -114,7 +114,7 @@ def typed(workdir, **changes):
     """The arguments of a command for a workdir beside which are the text and the teacher."""
     paths = {"data.path": workdir.parent / "text.jsonl", "teacher.path": workdir.parent / "teacher"}
     overrides = [f"--config.{name}={value}" for name, value in (VALUES | paths | changes).items()]
-    return [f"--config={ROOT}/configs/se_kd_3x.py", f"--workdir={workdir}", *overrides]
+    return [f"--config={launched.ROOT}/configs/se_kd_3x.py", f"--workdir={workdir}", *overrides]
 
 
 def pool(workdir, *more, **changes):
@@ -198,11 +198,11 @@ def pair(tmp_path_factory):
     cfg = dataclasses.replace(synthetic.config(), layers=2, width=32, heads=2, mlp=64, head_dim=16)
     save_hf(root / "teacher", cfg, models.init_params(cfg, jax.random.key(0)), synthetic.make_tokenizer())
     write_pool(root / "pool")
-    run_script("curate", *pool(root / "pool_one", "--yardstick=2"))
+    launched.run("curate", *pool(root / "pool_one", "--yardstick=2"))
     tear(root / "pool_one", root / "pool_torn")
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 4)
-        run_script("train", *typed(root / "short", **LONG))
+        launched.run("train", *typed(root / "short", **LONG))
     cut_back(root / "short", root / "long", 2)
     scenes = [(script, *typed(root / "two")) for script in ("curate", "cache_teacher", "train")]
     scenes += [(script, *pool(root / "pool_two")) for script in ("curate", "train")]
@@ -229,10 +229,10 @@ def pair(tmp_path_factory):
 def alone(root):
     """What one process does of the scenes."""
     for script in ("curate", "cache_teacher", "train"):
-        run_script(script, *typed(root / "one"))
-    run_script("train", *pool(root / "pool_one"))
+        launched.run(script, *typed(root / "one"))
+    launched.run("train", *pool(root / "pool_one"))
     for name, how in (("best_one", BEST), ("grand_one", GRAND)):
-        run_script("curate", *pool(root / name, **how))
+        launched.run("curate", *pool(root / name, **how))
 
 
 def start(root, scenes):
@@ -244,8 +244,8 @@ def start(root, scenes):
     flags = [f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--lost_seconds={LOST_SECONDS}"]
     return subprocess.Popen(
         [*worker, str(root), json.dumps([list(map(str, scene)) for scene in scenes]), *flags],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | quick,
+        cwd=launched.ROOT,
+        env=os.environ | {"PYTHONPATH": str(launched.ROOT)} | quick,
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -445,7 +445,7 @@ def test_norms_of_gradients_as_scores_are_the_same(pair):
 def test_a_run_of_two_processes_goes_on_in_one(pair, monkeypatch):
     cut_back(pair.root / "two", pair.root / "from_two", 2)
     stop_at(monkeypatch, 1)
-    run_script("train", *typed(pair.root / "from_two"))
+    launched.run("train", *typed(pair.root / "from_two"))
     wanted = lines(pair.root / "one")
     close(lines(pair.root / "from_two"), [line for line in wanted if line["step"] <= 3])
 
@@ -479,7 +479,7 @@ def test_a_signal_to_one_process_stops_all_of_them_at_one_step(pair):
 
 
 def test_what_they_saved_then_is_there_for_one_process(pair, capsys):
-    run_script("evaluate", f"--workdir={pair.root / 'long'}", f"--step={pair.stopped}", "--nobefore")
+    launched.run("evaluate", f"--workdir={pair.root / 'long'}", f"--step={pair.stopped}", "--nobefore")
     out = capsys.readouterr().out
     assert out.startswith(f"{pair.root / 'long'}, step {pair.stopped}\n")
     assert "KL to the teacher" in out
